@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'INTS', 'TEXTS', 'CROP_NAME', 'CHALLENGE_NAME', 'MATCH_NAME', 'ZIP_BYTES', 'IMAGENET', 'name_rows',
            'check_crops', 'fingerprint', 'parse_names', 'parse_match', 'list_images', 'read_soccernet', 'unpack_split',
-           'download_soccernet', 'find_data', 'read_crop', 'CropFiles', 'pack_crops', 'PackedCrops', 'open_crops',
+           'download_soccernet', 'find_data', 'read_crop', 'CropFiles', 'PackedCrops', 'pack_crops', 'open_crops',
            'load_batches', 'augment', 'normalise', 'show_crops']
 
 # %% ../nbs/01_data.ipynb #imports
@@ -364,6 +364,19 @@ class CropFiles:
         "Decode the crops of these rows"
         return torch.stack(list(self.pool.map(lambda r: read_crop(self.paths[r], self.size), rows)))
 
+# %% ../nbs/01_data.ipynb #packed-crops
+class PackedCrops:
+    "Crops read from the file that `pack_crops` wrote"
+    def __init__(self,
+        path:str|Path,  # crops.npy
+    ): self.pixels = np.load(path, mmap_mode='r')
+
+    def __len__(self): return len(self.pixels)
+
+    def __getitem__(self, rows:list[int])->Tensor:  # (B,3,height,width) uint8
+        "Copy the crops of these rows"
+        return torch.from_numpy(self.pixels[np.asarray(rows)])
+
 # %% ../nbs/01_data.ipynb #pack-manifest
 def _pack_manifest(crops:pd.DataFrame, size:tuple[int,int])->dict:
     try: stats = [os.stat(p) for p in crops.path]
@@ -378,7 +391,7 @@ def pack_crops(
     size:tuple[int,int],      # height, width to keep them at
     folder:str|Path,          # where the pack lies; made if needed
     n_workers:int|None=None,  # threads that decode; None: one a core, 16 at most
-)->'PackedCrops':  # reads rows of the table
+)->PackedCrops:  # reads rows of the table
     "Decode all crops once into one memory-mapped file"
     folder,manifest = Path(folder),_pack_manifest(crops, size)
     shape = (len(crops), 3, *size)
@@ -408,33 +421,20 @@ def _start_pack(folder:Path, pixels:Path, note:Path, shape:tuple):
         np.lib.format.open_memmap(pixels, 'w+', np.uint8, shape).flush()
     except OSError as e: raise OSError(f'Cannot keep packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
 
-# %% ../nbs/01_data.ipynb #packed-crops
-class PackedCrops:
-    "Crops read from the file that `pack_crops` wrote"
-    def __init__(self,
-        path:str|Path,  # crops.npy
-    ): self.pixels = np.load(path, mmap_mode='r')
-
-    def __len__(self): return len(self.pixels)
-
-    def __getitem__(self, rows:list[int])->Tensor:  # (B,3,height,width) uint8
-        "Copy the crops of these rows"
-        return torch.from_numpy(self.pixels[np.asarray(rows)])
-
 # %% ../nbs/01_data.ipynb #open-crops
 def open_crops(
     crops:pd.DataFrame,       # crop table
     size:tuple[int,int],      # height, width of the network's input
     packs:str|Path='',        # folder of packs; '': decode the files each time
     n_workers:int|None=None,  # threads that decode; None: one a core, 16 at most
-)->'CropFiles|PackedCrops':  # reads rows of the table
+)->CropFiles|PackedCrops:  # reads rows of the table
     "The pixels of a crop table, packed or not"
     if not packs: return CropFiles(crops, size, n_workers)
     return pack_crops(crops, size, project_root()/packs/f'{fingerprint(crops)}-{size[0]}x{size[1]}', n_workers)
 
 # %% ../nbs/01_data.ipynb #load-batches
 def load_batches(
-    images:'CropFiles|PackedCrops',   # where the pixels come from
+    images:CropFiles|PackedCrops,   # where the pixels come from
     batches:Iterable[list[int]],      # row numbers of each batch, e.g. a batch sampler
     device:str|torch.device='cpu',    # where the batch should be
     ahead:int=4,                      # batches to prepare in advance
