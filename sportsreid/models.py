@@ -18,7 +18,7 @@ from .data import CropFiles, PackedCrops, load_batches, normalise
 # %% ../nbs/04_models.ipynb #archs
 _VIT = dict(size=(224,224), batch_size=128, lr=1e-4, epochs=40)
 ARCHS = dict(  # name: timm network, changes to it, input height and width, training defaults
-    tiny           = dict(timm='resnet18', kwargs=dict(layers=(1,1,1,1), channels=(32,64,96,128)), pretrained=False, size=(96,48), batch_size=64, lr=1e-3, epochs=8),
+    tiny           = dict(timm='resnet18', kwargs=dict(layers=(1,1,1,1), channels=(32,64,96,128)), pretrained=False, size=(96,48), batch_size=64, lr=2e-3, epochs=6),
     resnet50_fc512 = dict(timm='resnet50.tv_in1k', size=(256,128), last_stride=1, relu=True, batch_size=128, lr=3e-4, epochs=40),
     deit_t16       = dict(timm='deit_tiny_patch16_224.fb_in1k', **_VIT),
     deit_s16       = dict(timm='deit_small_patch16_224.fb_in1k', **_VIT),

@@ -70,19 +70,19 @@ def main(
     args:list[str]|None=None,    # command line; None: the program's own
     nbs:str|Path|None=None,      # folder of the notebooks; None: looked for
 )->None:
-    "sportsreid_run RECIPE --PARAMETER VALUE ... [--seeds 1 2 3] [--out NOTEBOOK]"
+    "sportsreid_run RECIPE --PARAMETER VALUE ... [--seeds 1 2 3] [--notebook FILE]"
     args = sys.argv[1:] if args is None else args
     if not args or args[0] not in RECIPES: sys.exit(f'usage: sportsreid_run {{{",".join(RECIPES)}}} [--help] ...')
     try: path = recipe_path(args[0], nbs)
     except FileNotFoundError as e: sys.exit(str(e))
     parser = recipe_options(path)
     parser.add_argument('--seeds', type=int, nargs='+', help='one run for each, in RUN-s<seed>')
-    parser.add_argument('--out', help='where the executed notebook goes (default: into the run folder)')
+    parser.add_argument('--notebook', help='where the executed notebook goes (default: beside the results)')
     params = vars(parser.parse_args(args[1:]))
-    seeds,out = params.pop('seeds', [None]),params.pop('out', None)
+    seeds,out = params.pop('seeds', [None]),params.pop('notebook', None)
     if args[0]!='train' and seeds!=[None]: parser.error('--seeds goes with train')
     if 'seed' in params and seeds!=[None]: parser.error('give --seed or --seeds, not both')
-    if out and len(seeds)>1: parser.error('--out holds one notebook; leave it out with several seeds')
+    if out and len(seeds)>1: parser.error('--notebook is one file; leave it out with several seeds')
     for seed in seeds:
         p = params if seed is None else {**params, 'seed': seed}
         if args[0]=='train': p = {**p, 'run': _run_name(path, p, params.get('run'), seed)}
