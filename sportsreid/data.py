@@ -18,7 +18,8 @@ from threading import Event, Thread
 from zipfile import BadZipFile, ZipFile, ZipInfo
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from filelock import FileLock
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 from .core import progress, project_root, write_whole
 
@@ -38,8 +39,8 @@ def name_rows(
 # %% ../nbs/01_data.ipynb #check-types
 def _as_ints(crops:pd.DataFrame, col:str)->pd.Series:
     nums = pd.to_numeric(crops[col], errors='coerce')
-    bad = nums.isna() | (nums!=nums.round())
-    if bad.any(): raise ValueError(f'Column {col!r} must hold whole numbers; {name_rows(bad)} {"does" if bad.sum()==1 else "do"} not (first: {crops[col][bad].iloc[0]})')
+    bad = nums.isna() | (nums!=nums.round()) | (nums.abs()>=2.**53)
+    if bad.any(): raise ValueError(f'Column {col!r} must hold whole numbers; {name_rows(bad)} {"does" if bad.sum()==1 else "do"} not (first: {crops[col][bad].iloc[0]}); number names with pandas.factorize')
     return nums.astype(np.int64)
 
 # %% ../nbs/01_data.ipynb #check-crops
@@ -49,10 +50,11 @@ def check_crops(
     "Check a crop table and say in plain words what is wrong with it"
     lacking = [c for c in ('path','pid','action','role') if c not in crops]
     if lacking: raise ValueError(f'The crop table lacks {", ".join(map(repr,lacking))}; it needs path, pid, action and role (its columns are {", ".join(map(str,crops.columns))})')
+    if twice := [*map(str, crops.columns[crops.columns.duplicated()])]: raise ValueError(f'The crop table has two columns {twice[0]!r}; drop one')
     if len(crops)==0: raise ValueError('The crop table has no rows')
     crops = crops.reset_index(drop=True)
     crops = crops.assign(**{c: _as_ints(crops,c) for c in INTS if c in crops})
-    crops = crops.assign(**{c: crops[c].fillna('').astype(str) for c in TEXTS if c in crops})
+    crops = crops.assign(**{c: crops[c].astype(object).fillna('').astype(str) for c in TEXTS if c in crops})
     if (bad := ~crops.role.isin(ROLES)).any(): raise ValueError(f'Column role must be train, query or gallery; {name_rows(bad)}: {crops.role[bad].iloc[0]!r}')
     if (bad := crops.path=='').any(): raise ValueError(f'Column path is empty in {name_rows(bad)}')
     if (bad := crops.duplicated(['role','path'])).any(): raise ValueError(f'A crop stands in the table twice, {name_rows(bad)}: {crops.path[bad].iloc[0]}; drop one')
@@ -111,10 +113,10 @@ def list_images(
 )->pd.Series:  # paths relative to the folder with / between parts, in order; of x.png and x.jpg the .png
     "The crops below a folder"
     folder,found = str(folder),[]
-    for top,_,files in os.walk(folder):
+    for top,_,files in os.walk(folder, followlinks=True):
         rel = os.path.relpath(top, folder).replace(os.sep, '/')
         pre = '' if rel=='.' else f'{rel}/'
-        found += [pre+f for f in files if f.lower().endswith(('.png','.jpg','.jpeg'))]
+        found += [pre+f for f in files if f.lower().endswith(('.png','.jpg','.jpeg')) and f[0]!='.']
     found = pd.Series(sorted(found, reverse=True), dtype=object)
     return found[~_stem(found).duplicated()][::-1].reset_index(drop=True)
 
@@ -135,8 +137,11 @@ def _read_info(path:Path, split:str)->pd.DataFrame:
         rows = pd.concat([pd.DataFrame.from_records(list(recs.values())).assign(role=role) for role,recs in roles.items()], ignore_index=True)
         rows = rows.rename(columns=dict(bbox_idx='bbox', action_idx='action', person_uid='pid', frame_idx='frame', clazz='person', id='jersey', relative_path='path'))
         rows = rows[['path','role','bbox','action','pid','frame','person','jersey','height','width']]
+        rows = rows.assign(jersey=rows.jersey.astype(object).where(rows.jersey.notna(), 'None').astype(str))
+        if (bad := rows.isna().any(axis=1)).any(): raise ValueError(f'bbox_idx {rows.bbox[bad].iloc[0]} lacks {rows.columns[rows[bad].iloc[0].isna()][0]}')
+        rows = rows.astype({c: np.int64 for c in INTS if c in rows})
     except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} does not hold the records of SoccerNet-ReID ({e}); download the split again, or remove the file to use the crops\' names') from e
-    return rows.assign(path=rows.path.str.removeprefix(f'{split}/'), jersey=rows.jersey.fillna('None').astype(str))
+    return rows.assign(path=rows.path.str.removeprefix(f'{split}/'))
 
 # %% ../nbs/01_data.ipynb #check-info
 def _match_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:Path)->pd.DataFrame:
@@ -149,9 +154,10 @@ def _match_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:Path)->pd
     rows = rows.assign(path=found)
     if (bad := rows.path.duplicated()).any(): raise ValueError(f'{info.name} names a crop twice: {rows.path[bad].iloc[0]}; download the split again')
     names = parse_names(rows.path)
+    if (rows.role!='train').any(): names['role'] = rows.path.str.split('/').str[0]
     for col in names:
         bad = names[col].astype(str)!=rows[col].astype(str)
-        if bad.any(): raise ValueError(f'{info.name} says {col} {rows[col][bad].iloc[0]}, the name says {names[col][bad].iloc[0]}: {rows.path[bad].iloc[0]} (and {bad.sum()-1} more); one of them is wrong, so download the split again')
+        if bad.any(): raise ValueError(f'{info.name} says {col} {rows[col][bad].iloc[0]}, the file says {names[col][bad].iloc[0]}: {rows.path[bad].iloc[0]} (and {bad.sum()-1} more); one of them is wrong, so download the split again')
     return rows
 
 # %% ../nbs/01_data.ipynb #read-split
@@ -335,16 +341,32 @@ def find_data(
     if _splits(folder): return folder, 'found at data/soccernet'
     return None, 'no data given, $SPORTSREID_DATA is not set, and there is no data/soccernet'
 
+# %% ../nbs/01_data.ipynb #check-png
+def _check_png(data:bytes):
+    "Compare a PNG's checksums; libpng may take the whole process down over a wrong one"
+    if not data: raise ValueError('the file is empty')
+    if data[:4]!=b'\x89PNG': return
+    i,kind = 8,b''
+    while kind!=b'IEND':
+        n,kind = int.from_bytes(data[i:i+4], 'big'),data[i+4:i+8]
+        if len(data)<i+12+n: raise ValueError('the file is cut short')
+        if zlib.crc32(data[i+4:i+8+n])!=int.from_bytes(data[i+8+n:i+12+n], 'big'): raise ValueError('a checksum is wrong')
+        i += 12+n
+
 # %% ../nbs/01_data.ipynb #read-crop
 def read_crop(
     path:str|Path,        # a .png or .jpg
     size:tuple[int,int],  # height, width to stretch it to
 )->Tensor:  # (3,height,width) uint8
     "Decode one crop"
-    try: im = decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as e:
+    try:
+        data = Path(path).read_bytes()
+        _check_png(data)
+        im = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except (OSError, RuntimeError, ValueError) as e:
         why = 'is not there' if not os.path.exists(path) else f'cannot be decoded ({str(e).split(", ")[-1]})'
         raise ValueError(f'The crop {path} {why}; fetch it again or drop its row') from e
+    if im.dtype==torch.uint16: im = (im.float()/257).round().to(torch.uint8)
     return resize(im, list(size), antialias=True)
 
 # %% ../nbs/01_data.ipynb #crop-files
@@ -385,6 +407,16 @@ def _pack_manifest(crops:pd.DataFrame, size:tuple[int,int])->dict:
     digest = hashlib.sha256(pd.util.hash_pandas_object(made_of, index=False).to_numpy().tobytes()).hexdigest()
     return dict(format=1, crops=len(crops), size=list(size), made_of=digest)
 
+# %% ../nbs/01_data.ipynb #packed
+def _packed(pixels:Path, note:Path, manifest:dict)->int:
+    "How many crops of a pack are done; 0 if it was made of something else or is damaged"
+    try:
+        old = json.loads(note.read_text())
+        whole = np.load(pixels, mmap_mode='r').shape==(manifest['crops'], 3, *manifest['size'])
+    except (OSError, ValueError): return 0
+    done = old.pop('done', 0)
+    return done if whole and old==manifest else 0
+
 # %% ../nbs/01_data.ipynb #pack-crops
 def pack_crops(
     crops:pd.DataFrame,       # crop table
@@ -394,27 +426,27 @@ def pack_crops(
 )->PackedCrops:  # reads rows of the table
     "Decode all crops once into one memory-mapped file"
     folder,manifest = Path(folder),_pack_manifest(crops, size)
-    shape = (len(crops), 3, *size)
     pixels,note = folder/'crops.npy',folder/'manifest.json'
-    old = json.loads(note.read_text()) if note.exists() and pixels.exists() else {}
-    done = old.pop('done', 0) if {k:v for k,v in old.items() if k!='done'}==manifest else 0
-    if done==len(crops): return PackedCrops(pixels)
-    if not done: _start_pack(folder, pixels, note, shape)
-    out = np.lib.format.open_memmap(pixels, 'r+')
-    files,chunk = CropFiles(crops, size, n_workers),256
-    for i in progress(range(done, len(crops), chunk), f'packing {len(crops)} crops at {size[0]}x{size[1]}'):
-        rows = range(i, min(i+chunk, len(crops)))
-        out[rows.start:rows.stop] = files[rows].numpy()
-        if rows.stop==len(crops) or (i//chunk)%16==15:
-            out.flush()
-            with write_whole(note) as tmp: tmp.write_text(json.dumps({**manifest, 'done': rows.stop}))
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f'Cannot keep packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
+    with FileLock(folder/'.lock'):  # seeds that start together share a pack: one makes it, the others wait
+        done = _packed(pixels, note, manifest)
+        if not done: _start_pack(folder, pixels, note, (len(crops), 3, *size))
+        if done<len(crops):
+            out = np.lib.format.open_memmap(pixels, 'r+')
+            files,chunk = CropFiles(crops, size, n_workers),256
+            for i in progress(range(done, len(crops), chunk), f'packing {len(crops)} crops at {size[0]}x{size[1]}, in {chunk}s'):
+                stop = min(i+chunk, len(crops))
+                out[i:stop] = files[range(i, stop)].numpy()
+                if stop==len(crops) or (i//chunk)%16==15:
+                    out.flush()
+                    with write_whole(note) as tmp: tmp.write_text(json.dumps({**manifest, 'done': stop}))
     return PackedCrops(pixels)
 
 # %% ../nbs/01_data.ipynb #start-pack
 def _start_pack(folder:Path, pixels:Path, note:Path, shape:tuple):
     "Make an empty pack, if the disk can hold it"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True); pixels.unlink(missing_ok=True)
         need,free = int(np.prod(shape)),shutil.disk_usage(folder).free
         if need>free: raise OSError(28, f'{need/1e9:.1f} GB needed, {free/1e9:.1f} GB free')

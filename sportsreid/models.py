@@ -12,13 +12,13 @@ from pathlib import Path
 import huggingface_hub, timm, torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .core import progress, write_whole
+from .core import first_line, progress, write_whole
 from .data import CropFiles, PackedCrops, load_batches, normalise
 
 # %% ../nbs/04_models.ipynb #archs
 _VIT = dict(size=(224,224), batch_size=128, lr=1e-4, epochs=40)
 ARCHS = dict(  # name: timm network, changes to it, input height and width, training defaults
-    tiny           = dict(timm='resnet18', kwargs=dict(layers=(1,1,1,1), channels=(32,64,96,128)), pretrained=False, size=(96,48), batch_size=64, lr=2e-3, epochs=6),
+    tiny           = dict(timm='resnet18', kwargs=dict(layers=(1,1,1,1), channels=(32,64,96,128)), pretrained=False, size=(96,48), batch_size=64, lr=2e-3, epochs=8),
     resnet50_fc512 = dict(timm='resnet50.tv_in1k', size=(256,128), last_stride=1, relu=True, batch_size=128, lr=3e-4, epochs=40),
     deit_t16       = dict(timm='deit_tiny_patch16_224.fb_in1k', **_VIT),
     deit_s16       = dict(timm='deit_small_patch16_224.fb_in1k', **_VIT),
@@ -38,6 +38,7 @@ def make_spec(
     cfg = timm.get_pretrained_cfg(row['timm'])
     kwargs = dict(row.get('kwargs', {}))
     size = list(size or row.get('size') or cfg.input_size[1:])
+    if len(size)!=2 or min(size)<16: raise ValueError(f'size is height and width of the input, 16 or more each, not {size}')
     if cfg.fixed_input_size and size!=list(cfg.input_size[1:]): kwargs['img_size'] = size
     return dict(arch=arch, timm=row['timm'], kwargs=kwargs, num_pids=num_pids, size=size, mean=list(cfg.mean), std=list(cfg.std),
                 last_stride=row.get('last_stride', 2), relu=row.get('relu', False))
@@ -46,11 +47,11 @@ def make_spec(
 class ReIDModel(nn.Module):
     "Backbone, neck and classifier"
     def __init__(self,
-        backbone:nn.Module,  # images to (N,D) pooled features; a timm network with `num_features`
+        backbone:nn.Module,  # images to (N,D) pooled features; a timm network without its classifier
         spec:dict,           # from `make_spec`
     ):
         super().__init__()
-        d = backbone.num_features
+        d = getattr(backbone, 'head_hidden_size', None) or backbone.num_features  # what timm gives with num_classes=0
         self.dim = min(512, d)
         self.backbone,self.spec = backbone,spec
         self.fc = nn.Sequential(nn.Linear(d, self.dim), nn.BatchNorm1d(self.dim), *([nn.ReLU()] if spec['relu'] else []))
@@ -78,17 +79,16 @@ def build(
     weights:str|Path='',    # a file that holds them; '': fetched from the hub
 )->ReIDModel:  # in training mode, channels last
     "Build the network that a spec describes"
-    if weights and not Path(weights).is_file(): raise FileNotFoundError(f'No weights at {weights}')
-    overlay = dict(file=str(weights)) if weights else None
-    make = lambda: timm.create_model(spec['timm'], pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **spec['kwargs'])
-    backbone = _with_weights(make, spec) if pretrained and not weights else make()
+    make = lambda **kwargs: timm.create_model(spec['timm'], num_classes=0, **spec['kwargs'], **kwargs)
+    if weights: backbone = _from_file(make, weights)
+    else: backbone = _from_hub(lambda: make(pretrained=True), spec) if pretrained else make()
     if spec['last_stride']==1:  # the first block of the last stage halves the resolution in two places
         block = backbone.layer4[0]
         for conv in (block.conv2, block.downsample[0]): conv.stride = (1,1)
     return ReIDModel(backbone, spec).to(memory_format=torch.channels_last)
 
-# %% ../nbs/04_models.ipynb #with-weights
-def _with_weights(make, spec:dict)->nn.Module:
+# %% ../nbs/04_models.ipynb #from-hub
+def _from_hub(make, spec:dict)->nn.Module:
     "Build a backbone with weights from the hub, or say in one sentence how to supply them"
     repo = timm.get_pretrained_cfg(spec['timm']).hf_hub_id
     try:
@@ -96,15 +96,27 @@ def _with_weights(make, spec:dict)->nn.Module:
         if repo and not cached: huggingface_hub.HfApi().model_info(repo, timeout=10)
         return make()
     except Exception as e:  # network, hub and file errors share no class
-        raise OSError(f'The ImageNet weights of {spec["arch"]} could not be fetched ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else repo}); '
+        raise OSError(f'The ImageNet weights of {spec["arch"]} could not be fetched ({type(e).__name__}: {first_line(e)}); '
                       f'download model.safetensors of {repo or spec["timm"]} from the Hugging Face hub elsewhere and give it as weights=FILE (-p weights FILE), or start from random weights with pretrained=False (-p pretrained False)') from e
+
+# %% ../nbs/04_models.ipynb #from-file
+def _from_file(make, weights:str|Path)->nn.Module:
+    "Build a backbone with weights from a file with timm's names, all of them"
+    path = Path(weights)
+    if not path.is_file(): raise FileNotFoundError(f'No weights at {path}')
+    try: have = set(load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True))
+    except Exception as e: raise ValueError(f'The weights in {path} cannot be read ({first_line(e)}); fetch the file again') from e
+    lack = [k for k in make().state_dict() if k not in have and not k.endswith('num_batches_tracked')]
+    if lack: raise ValueError(f'{path} lacks {len(lack)} weights of the backbone, such as {lack[0]}; give the file that timm publishes for it')
+    try: return make(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    except RuntimeError as e: raise ValueError(f'The weights in {path} do not fit ({first_line(e)}); give the file that timm publishes for it') from e
 
 # %% ../nbs/04_models.ipynb #create-model
 def create_model(
     arch:str,                       # a name in `ARCHS` or of timm
     num_pids:int|None=None,         # training ids; None: no classifier
     pretrained:bool=True,           # ImageNet weights, where the architecture has some
-    weights:str|Path='',            # a file that holds them; '': fetched from the hub
+    weights:str|Path='',            # a file that holds them, used whatever `pretrained` says; '': fetched from the hub
     size:tuple[int,int]|None=None,  # input height and width; None: the architecture's own
 )->ReIDModel:  # in training mode
     "A network ready to train; its new layers are drawn from torch's global generator"
@@ -123,7 +135,7 @@ def save_model(
     with write_whole(folder/'model.json') as tmp: tmp.write_text(json.dumps(model.spec, indent=1))
     return folder
 
-# %% ../nbs/04_models.ipynb #load-model
+# %% ../nbs/04_models.ipynb #read-spec
 def read_spec(
     folder:str|Path,  # where `save_model` wrote
 )->dict:  # the network's spec
@@ -131,15 +143,21 @@ def read_spec(
     folder = Path(folder)
     if missing := [f for f in ('model.json','best.safetensors') if not (folder/f).is_file()]:
         raise FileNotFoundError(f'{folder} holds no {" and no ".join(missing)}; give the folder of a run that has validated at least once')
-    return json.loads((folder/'model.json').read_text())
+    try: spec = json.loads((folder/'model.json').read_text())
+    except ValueError as e: raise ValueError(f'{folder}/model.json cannot be read ({first_line(e)}); fetch the folder again') from e
+    if lack := {*make_spec('tiny')}-{*spec}: raise ValueError(f'{folder}/model.json lacks {", ".join(sorted(lack))}; fetch the folder again')
+    return spec
 
+# %% ../nbs/04_models.ipynb #load-model
 def load_model(
     folder:str|Path,  # where `save_model` wrote
 )->ReIDModel:  # in evaluation mode, on the CPU
     "Rebuild a network and load its weights"
-    model = build(read_spec(folder))
-    try: model.load_state_dict(load_file(Path(folder)/'best.safetensors'))
-    except Exception as e: raise ValueError(f'The weights in {folder} cannot be loaded ({str(e).splitlines()[0]}); train the run again or fetch the folder again') from e
+    try:
+        model = build(read_spec(folder))
+        model.load_state_dict(load_file(Path(folder)/'best.safetensors'))
+    except (FileNotFoundError, ValueError): raise
+    except Exception as e: raise ValueError(f'The weights in {folder} cannot be loaded ({" ".join(str(e).split())[:200]}); train the run again or fetch the folder again') from e
     return model.eval()
 
 # %% ../nbs/04_models.ipynb #extract
@@ -155,7 +173,7 @@ def extract_features(
     model.eval()
     spec,out = model.spec,torch.empty(len(images), model.dim)
     rows = [list(range(i, min(i+batch_size, len(images)))) for i in range(0, len(images), batch_size)]
-    for r,ims in progress(load_batches(images, rows, device), f'features of {len(images)} crops', total=len(rows)):
+    for r,ims in progress(load_batches(images, rows, device), f'features of {len(images)} crops, batches of {batch_size}', total=len(rows)):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16): feats = model(normalise(ims, spec['mean'], spec['std']))
         out[r[0]:r[-1]+1] = feats.float().cpu()
     if not out.isfinite().all(): raise FloatingPointError(f'The network gives features that are not finite (first: crop {(~out.isfinite().all(1)).nonzero()[0].item()}); its weights are damaged')

@@ -709,7 +709,7 @@ def is_finished(
 # %% ../nbs/01a_simulate.ipynb #simulate-broadcast
 def simulate_broadcast(
     root:str|Path,   # folder to make, or to find made
-    train:int=150, valid:int=24, test:int=80, challenge:int=6,   # actions in each split; one with 0 is left out
+    train:int=150, valid:int=48, test:int=80, challenge:int=6,   # actions in each split; one with 0 is left out
     seed:int=0,      # another seed, another world
     n_workers:int|None=None,   # processes; None: one a core, 16 at most
 )->Path:  # the folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from .core import progress
+from .core import first_line, progress
 from .models import ReIDModel, build, read_spec
 
 # %% ../nbs/07_soup.ipynb #soup-spec
@@ -35,11 +35,24 @@ def find_members(
 )->list[Path]:  # run folders, at least two, in order
     "The run folders that a text names"
     names = [r.strip() for r in runs.split(',') if r.strip()]
-    found = sorted({Path(p) for n in names for p in glob.glob(str(Path(top)/n)) if (Path(p)/'model.json').is_file()})
-    if len(found)<2: raise ValueError(f'A soup needs two runs or more; {runs!r} names {len(found)} with a model in {top}: train them first, e.g. sportsreid_run train --seeds 1 2')
+    matched = {n: [Path(p) for p in glob.glob(str(Path(top)/n)) if (Path(p)/'model.json').is_file()] for n in names}
+    if lost := [n for n,ps in matched.items() if not ps]: raise ValueError(f'{lost[0]!r} names no folder with a model in {top}; train it first, e.g. sportsreid_run train --seeds 1 2')
+    found = sorted({p for ps in matched.values() for p in ps})
+    if half := [f.name for f in found if (f/'config.json').is_file() and not (f/'scores.json').is_file()]: raise ValueError(f'{half[0]} is not finished; start it again to finish it, or leave it out')
+    if len(found)<2: raise ValueError(f'A soup needs two runs or more; {runs!r} names {len(found)} with a model in {top}; train them first, e.g. sportsreid_run train --seeds 1 2')
     prints = {f.name: json.loads((f/'config.json').read_text()).get('fingerprint') for f in found if (f/'config.json').is_file()}
     if len(set(prints.values()))>1: raise ValueError(f'The runs saw different training crops ({", ".join(f"{k}: {v}" for k,v in prints.items())}); average runs on the same data')
     return found
+
+# %% ../nbs/07_soup.ipynb #open-weights
+def _open_weights(path:Path):
+    "A file whose tensors are read when they are asked for"
+    try: return safe_open(path, 'pt')
+    except Exception as e: raise ValueError(f'{path} cannot be read ({first_line(e)}); train or fetch that run again') from e
+
+def _finite(w:Tensor, folder:str|Path, name:str)->Tensor:
+    if not w.isfinite().all(): raise ValueError(f'{name} of {folder} is not finite; leave that run out')
+    return w
 
 # %% ../nbs/07_soup.ipynb #average
 @torch.no_grad()
@@ -48,8 +61,8 @@ def uniform_soup(
 )->ReIDModel:  # in evaluation mode, on the CPU, without a classifier
     "The network whose weights are the mean of the members' (Wortsman et al. 2022)"
     model = build(soup_spec(folders))
-    files = [safe_open(Path(f)/'best.safetensors', 'pt') for f in folders]
-    for name,w in model.state_dict().items(): w.copy_(sum(f.get_tensor(name).double() for f in files)/len(files))
+    files = {f: _open_weights(Path(f)/'best.safetensors') for f in folders}
+    for name,w in model.state_dict().items(): w.copy_(sum(_finite(o.get_tensor(name).double(), f, name) for f,o in files.items())/len(files))
     return model.eval()
 
 # %% ../nbs/07_soup.ipynb #update-bn
@@ -82,5 +95,5 @@ def greedy_soup(
 def join_features(
     feats:list[Tensor],  # (N,D) features of the same crops, from each member
 )->Tensor:  # (N, sum of D)
-    "Features whose squared distances are the sum of the members'"
+    "Features whose squared distances are the sum of the members', each scaled to a mean length of one"
     return torch.cat([f/f.norm(dim=1).mean() for f in feats], dim=1)

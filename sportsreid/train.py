@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import Tensor, nn
-from .core import clock, mix_seed, project_root, read_log, trim_log, write_log, write_whole
+from .core import clock, first_line, mix_seed, project_root, read_log, short_path, trim_log, write_log, write_whole
 from .data import CropFiles, PackedCrops, augment, find_data, load_batches, normalise
 from .models import ReIDModel, save_model
 from .sampler import HierarchicalSampler, RandomIdentitySampler
@@ -113,9 +113,10 @@ def load_state(
     path = Path(folder)/'last.pt'
     if not path.exists(): return dict(epoch=0, batch=0, step=0, best={})
     device = next(learner.model.parameters()).device
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e: raise ValueError(f'{path} cannot be read ({str(e).splitlines()[0]}); delete the run folder to start again') from e
-    learner.load_state_dict(state)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        learner.load_state_dict(state)
+    except Exception as e: raise ValueError(f'{path} cannot be continued from ({first_line(e)}); delete the run folder to start again') from e
     return state['place']
 
 # %% ../nbs/05_train.ipynb #memory
@@ -144,13 +145,15 @@ class Reporter:
         lr:float,                # learning rate of the step
         crops:int,               # in the batch
         left:int,                # steps to come
+        now:bool=False,          # speak although the time has not come, at an epoch's end
     )->None:
         "Take in one step"
         self.sums = {k: self.sums.get(k, 0)+v for k,v in parts.items()}
         self.n,self.crops,seconds = self.n+1,self.crops+crops,time.monotonic()-self.since
-        if left and seconds<self.every: return
+        if not now and seconds<self.every: return
         means = {k: round((v/self.n).item(), 4) for k,v in self.sums.items()}
-        rate,left,gb = self.crops/seconds,left*seconds/self.n,memory_gb()
+        if not math.isfinite(means['loss']): raise FloatingPointError(f'The loss is {means["loss"]} since the last line before step {step} ({means}); try a lower lr, or bf16=False')
+        rate,left,gb = self.crops/max(seconds,1e-9),left*seconds/self.n,memory_gb()
         print(f'{place}  '+'  '.join(f'{k} {v:.3f}' for k,v in means.items())+f'  lr {lr:.1e}  {rate:,.0f} crops/s  {gb:.1f} GB  {clock(left)} left', flush=True)
         write_log(self.folder, step=step, **means, lr=lr, crops_per_s=round(rate,1), memory_gb=round(gb,2), left_s=round(left))
         self.reset()
@@ -166,6 +169,7 @@ def train(
     save_every:float=300.,   # seconds between two states inside an epoch
 )->dict:  # scores of the best validation, with its epoch; {} without validation
     "Train, validate and keep the best; continues where an earlier call stopped"
+    if epochs<1 or valid_every<1: raise ValueError(f'epochs and valid_every are 1 or more, not {epochs} and {valid_every}')
     start = load_state(folder, learner)
     step,skip,best = start['step'],start['batch'],start['best']
     if step: print(f'continuing in epoch {start["epoch"]+1} after step {step}')
@@ -178,7 +182,7 @@ def train(
                 torch.manual_seed(mix_seed(batches.seed, epoch, i, 1))
                 parts = learner.step((epoch+(i-1)/len(plan))/epochs, ims, classes)
                 step += 1
-                report.add(f'epoch {epoch+1}/{epochs} batch {i}/{len(plan)}', step, parts, learner.optimizer.param_groups[0]['lr'], len(ims), left=(epochs-epoch)*len(plan)-i)
+                report.add(f'epoch {epoch+1}/{epochs} batch {i}/{len(plan)}', step, parts, learner.optimizer.param_groups[0]['lr'], len(ims), left=(epochs-epoch)*len(plan)-i, now=i==len(plan))
                 if i<len(plan) and time.monotonic()-saved>save_every:
                     save_state(folder, learner, epoch=epoch, batch=i, step=step, best=best)
                     saved = time.monotonic()
@@ -213,11 +217,13 @@ def open_data(
 )->tuple[Path,str]:  # the folder, why this one
     "Choose the data folder; where there is none, draw the simulated broadcast"
     notes = json.loads((Path(run)/'config.json').read_text())['notes'] if run and (Path(run)/'config.json').exists() else {}
-    if not data and Path(notes.get('data', '/nowhere')).is_dir(): root,why = Path(notes['data']), f'the data of {Path(run).name}'
+    if not data and (noted := notes.get('data')):
+        root,why = Path(noted),f'the data of {Path(run).name}'
+        if not root.is_dir(): raise FileNotFoundError(f'{run} was trained on {root}, which is gone; give its folder with -p data FOLDER')
     else:
         root,why = find_data(data)
         if root is None: root,why = simulate_broadcast(project_root()/'data/simulated'), f'the simulated broadcast, because {why}'
-    print(f'data: {root} ({why})', flush=True)
+    print(f'data: {short_path(root)} ({why})', flush=True)
     return root, why
 
 # %% ../nbs/05_train.ipynb #pick-device
@@ -240,6 +246,7 @@ def make_sampler(
     "Make a sampler by name"
     kinds = dict(hierarchical=HierarchicalSampler, random=RandomIdentitySampler)
     if name not in kinds: raise ValueError(f'Unknown sampler {name!r}; there are {", ".join(kinds)}')
+    if batch_size<2*K: raise ValueError(f'A batch of {batch_size} crops holds one id with K={K}; the losses need two, so take a batch_size of {2*K} or more')
     return kinds[name](crops, batch_size, K, seed)
 
 # %% ../nbs/05_train.ipynb #curves
