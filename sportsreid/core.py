@@ -54,6 +54,7 @@ def mix_seed(
     *seeds:int,  # what names the draw, each ≥ 0: the run's seed, an epoch, a step
 )->int:  # 0 to 2⁶³-1, unlike for unlike names
     "One seed made of several"
+    if min(seeds)<0: raise ValueError(f'A seed is a whole number of 0 or more, not {min(seeds)}')
     return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../nbs/00_core.ipynb #seeded

@@ -110,6 +110,7 @@ class ReIDLoss(nn.Module):
         feats:Tensor,        # (N,D) features
         pids:Tensor,         # (N,) id of each row, 0 to C-1
     )->tuple[Tensor,dict[str,Tensor]]:  # scalar, each part before its weight
+        if self.weights['ce'] and logits is None: raise ValueError('Cross entropy needs logits; give the network a classifier (num_pids), or set ce=0')
         terms = dict(triplet=lambda: batch_hard_triplet(feats, pids, self.margin, self.topk, self.bottomk),
                      ce=lambda: F.cross_entropy(logits.float(), pids, label_smoothing=self.smoothing),
                      centroid=lambda: centroid_loss(feats, pids),

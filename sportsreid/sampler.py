@@ -23,6 +23,7 @@ def check_batch(
     if batch_size<K or batch_size%K: raise ValueError(f'batch_size={batch_size} is not a multiple of K={K}; take {-(-max(batch_size,1)//K)*K}')
     lacking = [c for c in ('pid','action') if c not in crops]
     if lacking: raise ValueError(f'The crop table lacks {" and ".join(lacking)}; a sampler needs pid and action (its columns are {", ".join(map(str,crops.columns))})')
+    if not pd.api.types.is_numeric_dtype(crops.pid): raise ValueError(f'pid must hold whole numbers, not {crops.pid.dtype}; number names with pandas.factorize')
     hidden = crops.pid.fillna(-1)<0
     if hidden.any(): raise ValueError(f'The pid is hidden (-1 or empty) in {name_rows(hidden)}; train on crops[crops.pid>=0]')
     n,P = crops.pid.nunique(),batch_size//K
