@@ -226,7 +226,7 @@ def _some_actions(crops:pd.DataFrame, subset:float)->pd.DataFrame:
 # %% ../nbs/01_data.ipynb #download-check-disk
 def _check_disk(folder:Path, need:float):
     free = shutil.disk_usage(folder).free
-    if free<need: raise OSError(f'{folder} needs {need/1e9:.2f} GB free and has {free/1e9:.2f} GB; make room, or choose another folder or fewer splits')
+    if free<need: raise OSError(f'{folder} needs {need/1e9:.2f} GB free and has {free/1e9:.2f} GB; make room, or choose another folder')
 
 # %% ../nbs/01_data.ipynb #download-list-members
 def _list_members(z:ZipFile, split:str)->list[ZipInfo]:
@@ -448,9 +448,9 @@ def _start_pack(folder:Path, pixels:Path, note:Path, shape:tuple):
     "Make an empty pack, if the disk can hold it"
     try:
         note.unlink(missing_ok=True); pixels.unlink(missing_ok=True)
-        need,free = int(np.prod(shape)),shutil.disk_usage(folder).free
-        if need>free: raise OSError(28, f'{need/1e9:.1f} GB needed, {free/1e9:.1f} GB free')
-        np.lib.format.open_memmap(pixels, 'w+', np.uint8, shape).flush()
+    except OSError as e: raise OSError(f'Cannot replace the packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
+    _check_disk(folder, float(np.prod(shape)))  # without the old pack
+    try: np.lib.format.open_memmap(pixels, 'w+', np.uint8, shape).flush()
     except OSError as e: raise OSError(f'Cannot keep packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
 
 # %% ../nbs/01_data.ipynb #open-crops
