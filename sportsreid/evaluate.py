@@ -340,15 +340,16 @@ def open_model(
     run:str='',         # run folder; '': runs/tiny-s0, or runs/<arch>-<the checkpoint's name>
     checkpoint:str='',  # file of the original or of torchreid
     arch:str='',        # its architecture
+    size:tuple[int,int]|None=None,  # input height and width it was trained at; None: the architecture's own
 )->tuple[ReIDModel,Path]:  # in evaluation mode, on the CPU; the folder for what comes of it
     "Load the network of a run folder or of a checkpoint"
     top = project_root()
-    if arch and not checkpoint: raise ValueError(f'arch={arch} says what a checkpoint holds, and none is given; add -p checkpoint FILE, or leave arch out: a run folder knows its own')
+    if (arch or size) and not checkpoint: raise ValueError(f'arch and size ({arch or size}) say what a checkpoint holds, and none is given; add -p checkpoint FILE, or leave them out: a run folder knows its own')
     if not checkpoint: return load_model(top/(run or 'runs/tiny-s0')), top/(run or 'runs/tiny-s0')
     if not arch: raise ValueError(f'The checkpoint {checkpoint} does not say its architecture; add it, such as -p arch osnet_x1_0')
     path = top/checkpoint if (top/checkpoint).is_file() else Path(checkpoint)
     folder = top/(run or f'runs/{arch}-{_stem(path)}')
-    model = load_published(arch, path)
+    model = load_published(arch, path, size=size)
     if _holds_other(folder, model): raise ValueError(f'{folder} holds another network than {checkpoint}; give this one its own folder with -p run FOLDER')
     return model, folder
 

@@ -43,16 +43,22 @@ def make_spec(
     "Say how a network is built and fed"
     row = ARCHS.get(arch, dict(timm=arch))
     name = row.get('timm')  # None: OSNet
-    if name and not timm.is_model(name):
+    if name is not None and not _is_timm(name):
         near = difflib.get_close_matches(arch, [*ARCHS, *timm.list_models()], n=3)
         raise ValueError(f'Unknown arch {arch!r}{"; did you mean " + ", ".join(near) + "?" if near else ""}: it is one of {", ".join(ARCHS)}, or any name of timm.list_models()')
     cfg = timm.get_pretrained_cfg(name or 'resnet50.tv_in1k')  # OSNet is fed as torchvision's networks are
     kwargs = dict(row.get('kwargs', {}))
     size = list(size or row.get('size') or cfg.input_size[1:])
-    if len(size)!=2 or min(size)<16: raise ValueError(f'size is height and width of the input, 16 or more each, not {size}')
+    if len(size)!=2 or not all(isinstance(s, int) and s>=16 for s in size): raise ValueError(f'size is height and width of the input, 16 or more each, not {size}')
     if cfg.fixed_input_size and size!=list(cfg.input_size[1:]): kwargs['img_size'] = size
     return dict(arch=arch, timm=name, kwargs=kwargs, num_pids=num_pids, size=size, mean=list(row.get('mean', cfg.mean)), std=list(row.get('std', cfg.std)),
                 dim=row.get('dim'), last_stride=row.get('last_stride', 2))
+
+# %% ../nbs/04_models.ipynb #is-timm
+def _is_timm(name:str)->bool:
+    "Whether timm knows a network and, after a dot, its weights"
+    try: return timm.is_model(name) and bool(timm.get_pretrained_cfg(name))
+    except RuntimeError: return False
 
 # %% ../nbs/04_models.ipynb #reid-model
 class ReIDModel(nn.Module):
@@ -93,6 +99,8 @@ def build(
     source = ARCHS.get(spec['arch'], {}).get('weights')  # None: timm's own
     try: backbone = _from_hub(spec) if pretrained and not weights and not source else _bare(spec)
     except TypeError as e: raise ValueError(f'{spec["arch"]} does not take {spec["kwargs"]} ({first_line(e)}); leave that out') from e
+    patch = getattr(getattr(backbone, 'patch_embed', None), 'patch_size', None) or (1,1)
+    if any(s%p for s,p in zip(spec['size'], patch)): raise ValueError(f"size {spec['size']} does not fit {spec['arch']}, which cuts its input into patches of {'x'.join(map(str, patch))}; take multiples of them")
     if spec['last_stride']==1:  # the first block of the last stage halves the resolution in two places
         block = backbone.layer4[0]
         for conv in (block.conv2, block.downsample[0]): conv.stride = (1,1)
@@ -123,7 +131,7 @@ def our_name(
     return f'backbone.{name}'
 
 # %% ../nbs/04_models.ipynb #read-weights
-_SCALARS = [_codecs.encode, np.dtype, *(type(np.dtype(t)) for t in ('f2','f4','f8','i4','i8','?')),
+_SCALARS = [_codecs.encode, np.dtype, *(type(np.dtype(t)) for t in ('f2','f4','f8','i1','i2','i4','i8','u1','u2','u4','u8','?')),
             *((np.float32(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core','_core'))]
 
 def read_weights(
@@ -135,7 +143,9 @@ def read_weights(
     try:
         if path.suffix=='.safetensors': return load_file(path)
         with safe_globals(_SCALARS): state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'The weights in {path} cannot be read ({" ".join(str(e).split())[:150]}); fetch the file again, and see that it holds nothing but tensors and plain values') from e
+    except Exception as e:
+        other = re.search(r'GLOBAL (\S+)', str(e))  # what torch would have had to run
+        raise ValueError(f'The weights in {path} cannot be read ({f"it holds {other[1]}" if other else first_line(e)[:150]}); fetch the file again, and see that it holds nothing but tensors and plain values') from e
     state = state.get('state_dict', state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()): raise ValueError(f'{path} holds no tensors by name, neither alone nor as state_dict; give the checkpoint of a network')
     return dict(state)
@@ -146,6 +156,7 @@ def _faults(want:dict[str,Tensor], have:dict[str,Tensor])->list[str]:
     def fault(k, v):
         if k not in have: return '' if k.endswith('num_batches_tracked') else f'{k} is missing'
         if have[k].shape!=v.shape: return f'{k} is {tuple(have[k].shape)}, not {tuple(v.shape)}'
+        if have[k].is_floating_point()!=v.is_floating_point(): return f'{k} is {have[k].dtype}, not {v.dtype}'
         return '' if have[k].isfinite().all() else f'{k} is not finite'
     return [f for k,v in want.items() if (f := fault(k, v))]
 
@@ -236,7 +247,11 @@ def save_model(
     "Write best.safetensors and model.json"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder/'best.safetensors') as tmp: save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, tmp)
+    with write_whole(folder/'best.safetensors') as tmp:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as for any file; save_file alone lets nobody else read
+        save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, tmp)
+        tmp.chmod(mode)
     with write_whole(folder/'model.json') as tmp: tmp.write_text(json.dumps(model.spec, indent=1))
     return folder
 
@@ -296,9 +311,9 @@ def load_published(
     state = read_weights(path)
     have = {our_name(k): v for k,v in state.items()}
     if keep_classifier and 'classifier.weight' not in have: raise ValueError(f'{path} holds no classifier; load it without keep_classifier')
-    model = build(make_spec(arch, len(have['classifier.weight']) if keep_classifier else None, size))
+    model = build(make_spec(arch, max(1, *have['classifier.weight'].shape[:1], 1) if keep_classifier else None, size))
     want = model.state_dict()
-    if faults := _faults(want, have): raise ValueError(f'{path} does not hold a whole {arch}: {"; ".join(faults[:3])}{f"; {len(faults)-3} more" if len(faults)>3 else ""}. {_fitting(have)}')
+    if faults := _faults(want, have): raise ValueError(f'{path} does not hold a whole {arch}: {"; ".join(faults[:3])}{f"; {len(faults)-3} more" if len(faults)>3 else ""}. {_fitting(have, size)}')
     model.load_state_dict({k: have.get(k, v) for k,v in want.items()})
     theirs = {our_name(k): re.sub(r'^module\.', '', k) for k in state}
     renamed,left = [k for k in want if k in have and theirs[k]!=k.removeprefix('backbone.')],[k for k in state if our_name(k) not in want]
@@ -306,9 +321,9 @@ def load_published(
     return model.eval()
 
 # %% ../nbs/04_models.ipynb #fitting
-def _fitting(have:dict[str,Tensor])->str:
+def _fitting(have:dict[str,Tensor], size)->str:
     "Which rows weights would fit"
     def fits(arch):
-        with torch.device('meta'): return not _faults(build(make_spec(arch)).state_dict(), have)
+        with torch.device('meta'): return not _faults(build(make_spec(arch, size=size)).state_dict(), have)
     rows = [a for a in ARCHS if a!='tiny' and fits(a)]
-    return f'It fits arch {rows[0]}' if rows else 'It fits no other row of ARCHS either; fetch the file again, or give size= where it was trained at another one'
+    return f'Without a classifier it fits arch {rows[0]}' if rows else 'It fits no other row of ARCHS either; fetch the file again, or give size= where it was trained at another one'

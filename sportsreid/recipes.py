@@ -99,7 +99,7 @@ def run_seeds(
     for j in range(jobs): free.put(gpus[j%len(gpus)] if gpus else None)
     def one(name, args):
         gpu = free.get()
-        env = {'OMP_NUM_THREADS': str(max(1, os.cpu_count()//jobs)), **os.environ, **({} if gpu is None else dict(CUDA_VISIBLE_DEVICES=gpu))}
+        env = {**({'OMP_NUM_THREADS': str(max(1, os.cpu_count()//jobs))} if jobs>1 else {}), **os.environ, **({} if gpu is None else dict(CUDA_VISIBLE_DEVICES=gpu))}
         program = f'from sportsreid.recipes import main; main({args!r}, {str(nbs) if nbs else None!r})'
         with subprocess.Popen([sys.executable, '-u', '-c', program], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
             for line in p.stdout: print(f'{name}: {line}', end='', flush=True)
@@ -123,17 +123,20 @@ def main(
     parser.add_argument('--notebook', help='where the executed notebook goes (default: beside the results)')
     if recipe=='train':
         parser.add_argument('--seeds', type=int, nargs='+', default=[1,2,3,4,5] if sweep else argparse.SUPPRESS, help='one run for each, in RUN-s<seed>')
+        parser.add_argument('--recipe', help='a file of nbs/recipes, without .yaml; what is given beside it counts more')
         parser.add_argument('--jobs', type=int, default=max(1, torch.cuda.device_count()), help='runs at a time (default: the number of visible GPUs, or 1)')
     params = vars(parser.parse_args(args[1:]))
     seeds,jobs,out = params.pop('seeds', [None]),params.pop('jobs', 1),params.pop('notebook', None)
+    if table := params.pop('recipe', None):
+        try: params = {**read_recipe(table, nbs), **params}
+        except FileNotFoundError as e: parser.error(str(e))
     if 'seed' in params and seeds!=[None]: parser.error('give --seed or --seeds, not both')
     if out and len(seeds)>1: parser.error('--notebook is one file; leave it out with several seeds')
     if jobs<1 or len(set(seeds))<len(seeds): parser.error('--jobs is 1 or more, and each of --seeds is given once')
     if recipe!='train': return run_one(path, recipe, params, defaults, out)
     runs = {s: _run_name({**defaults, **params}, params.get('run'), s) for s in seeds}
     todo = {s: {**params, 'run': r, **({} if s is None else dict(seed=s))} for s,r in runs.items()}
-    if min(jobs, len(todo))==1:
-        for p in todo.values(): run_one(path, recipe, p, defaults, out)
+    if len(todo)==1: run_one(path, recipe, *todo.values(), defaults, out)
     elif failed := run_seeds({Path(p['run']).name: ['train', *(f'--{k}={v}' for k,v in p.items())] for p in todo.values()}, min(jobs, len(todo)), nbs):
         sys.exit(f'{", ".join(failed)} failed (see above); the same command goes on from what is done')
     if sweep: run_soup(runs.values(), params, nbs)
