@@ -8,7 +8,7 @@ __all__ = ['SHARES', 'TrainBatches', 'lr_factor', 'drop_shares', 'make_optimizer
            'check_parameters', 'plot_run']
 
 # %% ../nbs/05_train.ipynb #imports
-import contextlib, hashlib, json, math, time
+import contextlib, json, math, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
