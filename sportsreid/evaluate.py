@@ -362,4 +362,4 @@ def _holds_other(folder, model):
     "Whether a folder is a training run's, or has a network with other weights"
     if not (folder/'model.json').exists(): return (folder/'config.json').exists()
     old,new = load_model(folder).state_dict(), model.state_dict()
-    return (folder/'config.json').exists() or old.keys()!=new.keys() or not all(torch.equal(old[k], w.cpu()) for k,w in new.items())
+    return (folder/'config.json').exists() or json.loads((folder/'model.json').read_text())!=json.loads(json.dumps(model.spec)) or old.keys()!=new.keys() or not all(torch.equal(old[k], w.cpu()) for k,w in new.items())

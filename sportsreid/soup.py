@@ -81,16 +81,16 @@ def update_bn(
 # %% ../nbs/07_soup.ipynb #greedy
 def greedy_soup(
     folders:list[str|Path],               # run folders of one architecture
-    score:Callable[[ReIDModel],float],    # network to a number, larger is better; may update BatchNorm first
-)->tuple[ReIDModel,list[Path]]:  # the soup as `score` left it, its members in the order they came in
+    score:Callable[[ReIDModel],float],    # network to a number, larger is better
+    prepare:Callable[[ReIDModel],ReIDModel]=lambda model: model,  # done to an average of two or more before it is scored, such as BatchNorm measured again
+)->tuple[ReIDModel,list[Path]]:  # the soup, its members in the order they came in
     "Average the members that help (Wortsman et al. 2022, recipe 1)"
     soup_spec(folders)
     alone = {Path(f): score(uniform_soup([f])) for f in progress(folders, 'scoring members')}
     first,*others = sorted(alone, key=alone.get, reverse=True)
     model,kept,best = uniform_soup([first]),[first],alone[first]
-    score(model)
     for f in progress(others, 'tasting soups'):
-        trial = uniform_soup([*kept,f])
+        trial = prepare(uniform_soup([*kept,f]))
         if (s := score(trial))>=best: model,kept,best = trial,[*kept,f],s
     return model, kept
 
@@ -98,13 +98,15 @@ def greedy_soup(
 def soup_path(
     a:str|Path,                         # run folder
     b:str|Path,                         # another of the same architecture
-    score:Callable[[ReIDModel],float],  # network to a number; may update BatchNorm first
+    score:Callable[[ReIDModel],float],  # network to a number
     n:int=9,                            # points, the ends included
+    prepare:Callable[[ReIDModel],ReIDModel]=lambda model: model,  # done to every network but the ends before it is scored
 )->pd.DataFrame:  # columns share (of b) and score
     "Score the networks on the line between two"
     if n<2: raise ValueError(f'A path has 2 points or more, not {n}')
     shares = [i/(n-1) for i in range(n)]
-    return pd.DataFrame(dict(share=shares, score=[score(uniform_soup([a,b], [1-t,t])) for t in progress(shares, 'points between two members')]))
+    at = lambda t: uniform_soup([a,b], [1-t,t])
+    return pd.DataFrame(dict(share=shares, score=[score(prepare(at(t)) if 0<t<1 else at(t)) for t in progress(shares, 'points between two members')]))
 
 # %% ../nbs/07_soup.ipynb #ensemble
 def join_features(
