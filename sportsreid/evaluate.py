@@ -18,7 +18,7 @@ from pandas import DataFrame
 from torch import Tensor
 from .core import project_root, write_whole
 from .data import CropFiles, PackedCrops, read_crop
-from .models import ReIDModel, extract_features, load_model, load_published
+from .models import ReIDModel, extract_features, load_model, load_published, read_spec
 
 # %% ../nbs/06_evaluate.ipynb #names
 def _name(crops, kind, i):
@@ -330,10 +330,11 @@ def rank_crops(
     images:CropFiles|PackedCrops,   # its pixels, row by row
     device:str|torch.device='cpu',  # where the model is
     bf16:bool=False,                # compute features in bfloat16
-    metric:str='euclidean',         # or 'cosine'
+    metric:str|None=None,           # 'euclidean' or 'cosine'; None: what the model's spec says
+    flip:bool=False,                # mean feature of a crop and its mirror image
 )->tuple[list[ndarray],DataFrame,DataFrame]:  # ranks, query table, gallery table
     "Embed a split and rank it"
-    return rank_features(extract_features(model, images, device=device, bf16=bf16), crops, metric)
+    return rank_features(extract_features(model, images, device=device, bf16=bf16, flip=flip), crops, metric or model.spec['metric'])
 
 # %% ../nbs/06_evaluate.ipynb #open-model
 def open_model(
@@ -362,4 +363,4 @@ def _holds_other(folder, model):
     "Whether a folder is a training run's, or has a network with other weights"
     if not (folder/'model.json').exists(): return (folder/'config.json').exists()
     old,new = load_model(folder).state_dict(), model.state_dict()
-    return (folder/'config.json').exists() or json.loads((folder/'model.json').read_text())!=json.loads(json.dumps(model.spec)) or old.keys()!=new.keys() or not all(torch.equal(old[k], w.cpu()) for k,w in new.items())
+    return (folder/'config.json').exists() or read_spec(folder)!=json.loads(json.dumps(model.spec)) or old.keys()!=new.keys() or not all(torch.equal(old[k], w.cpu()) for k,w in new.items())

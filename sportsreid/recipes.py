@@ -136,14 +136,16 @@ def main(
         parser.add_argument('--jobs', type=int, default=max(1, torch.cuda.device_count()), help='runs at a time (default: the number of visible GPUs, or 1)')
     params = vars(parser.parse_args(args[1:]))
     seeds,jobs,out = params.pop('seeds', [None]),params.pop('jobs', 1),params.pop('notebook', None)
+    name = {**defaults, **params}.get('arch')
     if table := params.pop('recipe', None):
-        try: params = {**read_recipe(table, nbs), **params}
+        try: rows = read_recipe(table, nbs)
         except FileNotFoundError as e: parser.error(str(e))
+        params,name = {**rows, **params},table if 'arch' in rows else f'{name}-{table}'
     if 'seed' in params and seeds!=[None]: parser.error('give --seed or --seeds, not both')
     if out and len(seeds)>1: parser.error('--notebook is one file; leave it out with several seeds')
     if jobs<1 or len(set(seeds))<len(seeds): parser.error('--jobs is 1 or more, and each of --seeds is given once')
     if recipe!='train': return run_one(path, recipe, params, defaults, out)
-    runs = {s: _run_name({**defaults, **params}, params.get('run'), s) for s in seeds}
+    runs = {s: _run_name(name, params.get('run'), s, {**defaults, **params}['seed']) for s in seeds}
     todo = {s: {**params, 'run': r, **({} if s is None else dict(seed=s))} for s,r in runs.items()}
     if len(todo)==1: run_one(path, recipe, *todo.values(), defaults, out)
     elif failed := run_seeds({Path(p['run']).name: ['train', *(f'--{k}={v}' for k,v in p.items())] for p in todo.values()}, min(jobs, len(todo)), nbs):
@@ -177,10 +179,10 @@ def run_soup(
     run_one(path, 'soup', {**shared, 'runs': ','.join(map(str, runs)), 'out': f'{first.rsplit("-s", 1)[0]}-soup'}, defaults, None)
 
 # %% ../nbs/00a_recipes.ipynb #run-name
-def _run_name(params:dict, run:str|None, seed:int|None)->str:
-    "The run folder: as given, else runs/<arch>-s<seed>; with several seeds -s<seed> is added"
+def _run_name(name:str, run:str|None, seed:int|None, own:int)->str:
+    "The run folder: as given, else runs/<recipe or arch>-s<seed>; with several seeds -s<seed> is added"
     if run: return run if seed is None else f'{run}-s{seed}'
-    return f'runs/{params["arch"]}-s{params["seed"] if seed is None else seed}'
+    return f'runs/{name}-s{own if seed is None else seed}'
 
 def _out_name(recipe:str, params:dict)->str:
     "Where evaluate and soup write if they are not told"

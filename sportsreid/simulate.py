@@ -585,10 +585,13 @@ def pick_matches(
     rng:Generator,   # source of chance
     split:str,       # train, valid, test or challenge
     n:int,           # how many
-)->list[str]:  # league/season/match, at most as many as the split has
+    league:str='',   # of this league only, e.g. 'italy_serie-a'; '': of any
+)->list[str]:  # league/season/match, at most as many as the split has; an error if it has none
     "Choose real matches of a split"
     from SoccerNet.utils import getListGames  # heavy, so only where it is needed
-    seasons = [list(g) for _,g in groupby(getListGames([split]), key=lambda m: m.rsplit('/',1)[0])]
+    games = [m for m in getListGames([split]) if league in ('', m.split('/')[0])]
+    if not games: raise ValueError(f'No match of league {league!r} in {split}; there are {", ".join(sorted({m.split("/")[0] for m in getListGames([split])}))}')
+    seasons = [list(g) for _,g in groupby(games, key=lambda m: m.rsplit('/',1)[0])]
     blocks = sorted((s[i:i+8] for s in seasons for i in range(0, len(s), 8)), key=len, reverse=True)
     long = sum(len(b)>=min(n,8) for b in blocks)
     order = [*rng.permutation(long), *range(long, len(blocks))]
@@ -675,11 +678,12 @@ def write_split(
     actions:int,      # how many
     seed:int,         # of the world
     n_workers:int,    # processes
+    league:str='',    # of all matches; '': any
 )->dict[str,int]:  # crops by role
     "Draw a split and write its crops and records"
     seeds = seed,SPLITS.index(split)
     rng = default_rng(seeds)
-    matches = pick_matches(rng, split, math.ceil(actions/10))
+    matches = pick_matches(rng, split, math.ceil(actions/10), league)
     matches = [matches[a*len(matches)//actions] for a in range(actions)]
     casts = {m: draw_cast(m, seeds) for m in matches}
     rows = draw_records(rng, split, [plan_action(rng, casts[m]) for m in matches])
@@ -701,7 +705,7 @@ def is_finished(
     if not root.is_dir(): raise ValueError(f'{root} is a file; give a folder for the simulated broadcast')
     if not any(root.iterdir()): return False
     if not (root/'simulated.json').is_file(): raise ValueError(f'{root} holds something other than a simulated broadcast; give a new or empty folder')
-    have = json.loads((root/'simulated.json').read_text())
+    have = {'league':'', **json.loads((root/'simulated.json').read_text())}
     diff = [f'{k} is {have.get(k)!r} there, {v!r} now' for k,v in want.items() if have.get(k)!=v]
     if diff: raise ValueError(f'{root} holds another simulated broadcast ({"; ".join(diff)}); delete that folder to have it drawn again, or give another')
     return True
@@ -712,10 +716,11 @@ def simulate_broadcast(
     train:int=150, valid:int=48, test:int=80, challenge:int=6,   # actions in each split; one with 0 is left out
     seed:int=0,      # another seed, another world
     n_workers:int|None=None,   # processes; None: one a core, 16 at most
+    league:str='',   # of all matches, e.g. 'italy_serie-a'; '': any
 )->Path:  # the folder
     "Draw a broadcast in SoccerNet's layout, unless it has been drawn before"
     root,counts = Path(root).expanduser().absolute(),dict(train=train, valid=valid, test=test, challenge=challenge)
-    want,n = {**counts, 'seed':seed, 'drawing':DRAWING},n_workers or min(16, os.cpu_count() or 1)
+    want,n = {**counts, 'seed':seed, 'drawing':DRAWING, 'league':league},n_workers or min(16, os.cpu_count() or 1)
     bad = [f'{k}={v!r}' for k,v in {**counts, 'seed':seed, 'n_workers':n}.items() if not isinstance(v, int) or v<0]
     if bad: raise ValueError(f'Counts of actions, seed and n_workers are whole numbers of 0 or more, not {", ".join(bad)}')
     if not any(counts.values()): raise ValueError('A simulated broadcast needs an action in at least one split; all counts are 0')
@@ -723,7 +728,7 @@ def simulate_broadcast(
     try:
         if is_finished(root, want): return root
         tmp.mkdir(parents=True)
-        crops = {s: write_split(tmp, s, a, seed, n) for s,a in counts.items() if a}
+        crops = {s: write_split(tmp, s, a, seed, n, league) for s,a in counts.items() if a}
         (tmp/'simulated.json').write_text(json.dumps({**want, 'crops':crops}, indent=1))
         if root.exists() and not is_finished(root, want): root.rmdir()  # empty
         if not root.exists(): tmp.rename(root)  # else another process was faster

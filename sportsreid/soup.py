@@ -9,7 +9,7 @@ __all__ = ['soup_spec', 'find_members', 'uniform_soup', 'update_bn', 'greedy_sou
 import glob, json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-import pandas as pd, torch
+import pandas as pd, torch, torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 from .core import first_line, progress
@@ -32,14 +32,15 @@ def soup_spec(
 def find_members(
     runs:str,              # a pattern such as runs/tiny-s*, or folders with commas between
     top:str|Path='.',      # where relative names start
-)->list[Path]:  # run folders, at least two, in order
+    least:int=2,           # how many there must be
+)->list[Path]:  # run folders in order
     "The run folders that a text names"
     names = [r.strip() for r in runs.split(',') if r.strip()]
     matched = {n: [Path(p) for p in glob.glob(str(Path(top)/n)) if (Path(p)/'model.json').is_file()] for n in names}
     if lost := [n for n,ps in matched.items() if not ps]: raise ValueError(f'{lost[0]!r} names no folder with a model in {top}; train it first, e.g. sportsreid_run train --seeds 1 2')
     found = sorted({p for ps in matched.values() for p in ps})
     if half := [f.name for f in found if (f/'config.json').is_file() and not (f/'scores.json').is_file()]: raise ValueError(f'{half[0]} is not finished; start it again to finish it, or leave it out')
-    if len(found)<2: raise ValueError(f'A soup needs two runs or more; {runs!r} names {len(found)} with a model in {top}; train them first, e.g. sportsreid_run train --seeds 1 2')
+    if len(found)<least: raise ValueError(f'A soup needs two runs or more; {runs!r} names {len(found)} with a model in {top}; train them first, e.g. sportsreid_run train --seeds 1 2')
     prints = {f.name: json.loads((f/'config.json').read_text()).get('fingerprint') for f in found if (f/'config.json').is_file()}
     if len(set(prints.values()))>1: raise ValueError(f'The runs saw different training crops ({", ".join(f"{k}: {v}" for k,v in prints.items())}); average runs on the same data')
     return found
@@ -110,9 +111,11 @@ def soup_path(
 
 # %% ../nbs/07_soup.ipynb #ensemble
 def join_features(
-    feats:list[Tensor],  # (N,D) features of the same crops, from each member
+    feats:list[Tensor],        # (N,D) features of the same crops, from each member
+    metric:str='euclidean',    # how they are compared; 'cosine': every row is scaled to length one
 )->Tensor:  # (N, sum of D)
-    "Features whose squared distances are the sum of the members', each scaled to a mean length of one"
+    "Features whose squared distances are the sum of the members', each member scaled alike"
+    if metric=='cosine': return torch.cat([F.normalize(f) for f in feats], dim=1)
     return torch.cat([f/f.norm(dim=1).mean() for f in feats], dim=1)
 
 # %% ../nbs/07_soup.ipynb #compare
