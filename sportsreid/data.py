@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'INTS', 'TEXTS', 'CROP_NAME', 'CHALLENGE_NAME', 'MATCH_NAME'
            'open_crops', 'load_batches', 'augment', 'normalise', 'show_crops']
 
 # %% ../nbs/01_data.ipynb #imports
-import contextlib, hashlib, json, os, re, shutil, stat, warnings, zlib
+import contextlib, hashlib, json, os, re, shutil, stat, time, warnings, zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -190,11 +190,58 @@ def _places(paths:pd.Series)->pd.DataFrame:
     if unread: warnings.warn(f'{len(unread)} match folders do not read as "date - time home score - score away", so their teams are unknown; first: {unread[0]}')
     return places.assign(home=places.match.map(lambda m: teams[m][0]), away=places.match.map(lambda m: teams[m][1]))
 
+# %% ../nbs/01_data.ipynb #table-cache
+def _times(root:Path, split:str, folders:list[str])->np.ndarray:
+    "When each folder of a split, and what describes it, last changed"
+    info = _info_path(root/split) if split!='challenge' else None
+    stats = [os.stat(root/split/f) for f in folders] + ([os.stat(info)] if info else [])
+    return np.array([[s.st_mtime_ns, s.st_ino] for s in stats])
+
+def _keep(file:Path, root:Path, split:str, rows:pd.DataFrame, since:int):
+    "Write a table to a file, unless a folder changed after `since`"
+    folders = [os.path.relpath(top, root/split) for top,_,_ in os.walk(root/split, followlinks=True)]
+    times = _times(root, split, folders)
+    if times[:,0].max()>=since or rows.isna().any(axis=None): return
+    columns = dict(folders=np.frombuffer('\0'.join(folders).encode('utf-8', 'surrogateescape'), np.uint8), times=times)
+    for c in rows:
+        if rows[c].dtype.kind=='i': columns[f'{c}:'] = rows[c].to_numpy()
+        else:
+            codes,values = pd.factorize(rows[c])
+            columns |= {f'{c}:codes': codes.astype(np.int32), f'{c}:values': np.frombuffer('\0'.join(values).encode('utf-8', 'surrogateescape'), np.uint8)}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(file) as tmp, tmp.open('wb') as f: np.savez(f, **columns)
+    except OSError as e: raise OSError(f'Cannot keep the crop table in {file.parent} ({e.strerror}); choose another folder, or go without') from e
+
+def _kept(file:Path, root:Path, split:str)->pd.DataFrame|None:
+    "The table in a file, if it is whole and nothing has changed since"
+    text = lambda a: np.array(a.tobytes().decode('utf-8', 'surrogateescape').split('\0'), dtype=object)
+    try:
+        with np.load(file, allow_pickle=False) as z: columns = dict(z)
+        if not np.array_equal(_times(root, split, text(columns.pop('folders'))), columns.pop('times')): return None
+        names = dict.fromkeys(c.rsplit(':', 1)[0] for c in columns)
+        return pd.DataFrame({c: columns[f'{c}:'] if f'{c}:' in columns else text(columns[f'{c}:values'])[columns[f'{c}:codes']] for c in names})
+    except (OSError, ValueError, KeyError, IndexError, BadZipFile): return None
+
+def _split_table(root:Path, split:str, cache:str|Path)->pd.DataFrame:
+    "The rows of a split, kept or read"
+    file = Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}.npz' if cache else None
+    if file and (rows := _kept(file, root, split)) is not None: return rows
+    since = time.time_ns()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        rows = _read_split(root, split)
+        if split!='challenge': rows = pd.concat([rows, _places(rows.path)], axis=1)
+    for w in said: warnings.warn(w.message)
+    if file and not said: _keep(file, root, split, rows, since)
+    return rows
+
 # %% ../nbs/01_data.ipynb #read-soccernet
 def read_soccernet(
     root:str|Path,      # folder that holds train, valid, test, challenge
     split:str,          # one of them, or several joined for training: 'train+valid'
     subset:float=1.,    # share of the actions to keep, 0 to 1; a smaller share is a part of a larger one
+    cache:str|Path='',  # folder that keeps tables which were read, for as long as nothing changes; '': none
 )->pd.DataFrame:  # crop table; of several splits, role train throughout and no pid or action shared between them
     "Read SoccerNet-ReID from its folders"
     root,splits = Path(root).expanduser(),split.split('+')
@@ -202,11 +249,7 @@ def read_soccernet(
         if s not in ('train','valid','test','challenge'): raise ValueError(f'Unknown split {s!r}; there are train, valid, test and challenge')
     if not 0<subset<=1: raise ValueError(f'subset is the share of actions to keep, above 0 and at most 1, not {subset}')
     if len(splits)>1 and 'challenge' in splits: raise ValueError('The challenge split hides its pids, so it cannot be trained on')
-    tables = []
-    for s in splits:
-        rows = _read_split(root, s)
-        if s!='challenge': rows = pd.concat([rows, _places(rows.path)], axis=1)
-        tables.append(rows.assign(path=f'{root.as_posix()}/{s}/'+rows.path))
+    tables = [t.assign(path=f'{root.as_posix()}/{s}/'+t.path) for s in splits for t in [_split_table(root, s, cache)]]
     crops = tables[0] if len(tables)==1 else _join(tables)
     crops = crops.reindex(columns=['path','role',*(c for c in (*INTS,*TEXTS) if c in crops and c not in ('path','role'))])
     return check_crops(_some_actions(crops, subset) if subset<1 else crops)
@@ -398,7 +441,7 @@ class CropFiles:
     ):
         _check_fit(fit)
         self.paths,self.size,self.fit = crops.path.tolist(),tuple(size),fit
-        self.pool = ThreadPoolExecutor(n_workers or min(16, os.cpu_count() or 1))
+        self.pool = ThreadPoolExecutor(n_workers or min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))  # each thread of the pool is one thread
 
     def __len__(self): return len(self.paths)
 
@@ -523,19 +566,21 @@ def augment(
     blur:float=0.,        # largest standard deviation of a Gaussian blur, as a share of the height
     shrink:float=0.,      # largest share of height and width that is lost by scaling down and up again
     occlude:float=0.,     # probability that another crop of the batch covers 15-40%, from a side or from below
-)->Tensor:  # (B,3,H,W) float in 0..255
+)->Tensor:  # (B,3,H,W) in 0..255: float32 where colours change, else of the type that came
     "Change every crop of a batch in its own way"
     for name,v in dict(blur=blur, shrink=shrink, occlude=occlude).items():
         if not 0<=v<=1: raise ValueError(f'{name} is {v}; give a share from 0 (off) to 1')
     x,B,H = ims,len(ims),ims.shape[2]
     draw = lambda *shape: torch.rand(shape, generator=rng).to(x.device, non_blocking=True)
-    if flip: x = torch.where(draw(B,1,1,1)<flip, x.flip(-1), x)
+    if flip:
+        hit = (torch.rand(B, generator=rng)<flip).nonzero()[:,0].to(x.device, non_blocking=True)
+        x = x.index_copy(0, hit, x[hit].flip(-1))
     if occlude: x = _occlude(x, torch.rand(B, 4, generator=rng), occlude)
     if crop: x = _shift(x, crop*(2*draw(B,2)-1))
-    x = x.float()
+    if blur or shrink or jitter or erase: x = x.to(torch.float32, copy=True)  # what follows may change it in place, since fresh memory costs more than the sums
     if blur or shrink: x = _far(x, blur*H*draw(B) if blur else x.new_zeros(B), 1-shrink*draw(B) if shrink else x.new_ones(B))
     if jitter: x = _jitter(x, 1+jitter*(2*draw(3,B,1,1,1)-1))
-    if erase: x = _erase(x, draw(B,5), erase)
+    if erase: x = _erase(x, torch.rand(B, 5, generator=rng), erase)
     return x
 
 # %% ../nbs/01_data.ipynb #augment-parts
@@ -552,23 +597,26 @@ def _shift(x:Tensor, by:Tensor)->Tensor:
     return _take(x, rows, cols)
 
 def _jitter(x:Tensor, by:Tensor)->Tensor:
-    "Scale brightness, then the spread around the mean grey, then around each pixel's grey"
-    x = x*by[0]  # a new tensor; what follows changes it in place, since fresh memory costs more than the sums
-    mean = x.mean((1,2,3), keepdim=True)
-    x.sub_(mean).mul_(by[1]).add_(mean)
-    grey = x.mean(1, keepdim=True)
-    return x.sub_(grey).mul_(by[2]).add_(grey).clamp_(0, 255)
+    "Scale brightness, then the spread around the mean grey, then around each pixel's grey: a sum of the pixel, its grey and the mean; in place"
+    light,spread,colour = by
+    grey = (x[:,:1]+x[:,1:2]+x[:,2:]).mul_(light/3)
+    mean = grey.mean((1,2,3), keepdim=True)
+    return x.mul_(light*spread*colour).add_(grey.mul_(spread*(1-colour)).add_((1-spread)*mean)).clamp_(0, 255)
 
 def _erase(x:Tensor, u:Tensor, p:float)->Tensor:
-    "Cover one rectangle of some images; u holds five draws for each"
-    (B,_,H,W),dev = x.shape,x.device
+    "Cover one rectangle of some images, in place; u holds five draws for each, on the CPU"
+    (_,_,H,W),dev = x.shape,x.device
+    hit = (u[:,4]<p).nonzero()[:,0]
+    u = u[hit]
     area,ratio = 0.02+0.18*u[:,0],torch.exp((2*u[:,1]-1)*np.log(3.))  # height/width from 1/3 to 3, Zhong et al. 2017
     h,w = ((area*H*W*ratio).sqrt().clamp(max=H-1),(area*H*W/ratio).sqrt().clamp(max=W-1))
     top,left = u[:,2]*(H-h),u[:,3]*(W-w)
+    hit,top,left,h,w = (t.to(dev, non_blocking=True) for t in (hit, top, left, h, w))
     ys,xs = torch.arange(H, device=dev),torch.arange(W, device=dev)
     inside = lambda at,start,length: (at>=start[:,None]) & (at<(start+length)[:,None])
-    hole = inside(ys,top,h)[:,None,:,None] & inside(xs,left,w)[:,None,None,:] & (u[:,4]<p)[:,None,None,None]
-    return torch.where(hole, x.mean((2,3), keepdim=True), x)
+    hole = inside(ys,top,h)[:,None,:,None] & inside(xs,left,w)[:,None,None,:]
+    some = x[hit]
+    return x.index_copy_(0, hit, torch.where(hole, some.mean((2,3), keepdim=True), some))
 
 # %% ../nbs/01_data.ipynb #far-part
 def _lens(n:int, std:Tensor, share:Tensor)->Tensor:
@@ -623,8 +671,9 @@ def normalise(
     std:tuple[float,...]=IMAGENET[1],  # likewise
 )->Tensor:  # (B,3,H,W) float32, channels last in memory
     "Scale pixels to what a network expects"
-    mean,std = (torch.tensor(v, device=ims.device).view(3,1,1)*255 for v in (mean,std))
-    return ((ims.float()-mean)/std).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(ims.shape, device=ims.device, memory_format=torch.channels_last)
+    for c,(m,s) in enumerate(zip(mean, std)): out[:,c].copy_(ims[:,c]).sub_(255*m).div_(255*s)  # one colour at a time, with no other memory than the result's
+    return out
 
 # %% ../nbs/01_data.ipynb #show-crops
 def show_crops(

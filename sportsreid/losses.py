@@ -75,7 +75,8 @@ def centroids(
     "Means of each row's own id and of everyone else"
     same,x = check_feats(feats, pids).float(),feats.float()
     with torch.autocast(x.device.type, enabled=False):
-        return same@x/same.sum(1,keepdim=True), (1-same)@x/(1-same).sum(1,keepdim=True)
+        own,n = same@x,same.sum(1,keepdim=True)
+        return own/n, (x.sum(0)-own)/(len(x)-n)
 
 # %% ../nbs/03_losses.ipynb #unit
 def _unit(feats:Tensor)->Tensor:

@@ -386,20 +386,32 @@ def load_model(
 def extract_features(
     model:ReIDModel,                  # put in evaluation mode
     images:CropFiles|PackedCrops,     # crops at the model's input size
-    batch_size:int=256,               # crops at a time
+    batch_size:int|None=None,         # crops at a time, halved while they do not fit on the device; None: 64 on a CPU, else 2048
     device:str|torch.device='cpu',    # where the model is
     bf16:bool=False,                  # compute in bfloat16
     flip:bool=False,                  # mean of the features of a crop and of its mirror image
 )->Tensor:  # (len(images),dim) float32 on the CPU
     "The feature of every crop"
     model.eval()
-    spec,out = model.spec,torch.empty(len(images), model.dim)
+    spec,out,kind = model.spec,torch.empty(len(images), model.dim),torch.device(device).type
+    batch_size = most = batch_size or (64 if kind=='cpu' else 2048)
+    def embed(ims):
+        ims = normalise(ims, spec['mean'], spec['std'])
+        with torch.autocast(kind, torch.bfloat16, enabled=bf16): feats = [model(x).float() for x in ((ims, ims.flip(3)) if flip else (ims,))]
+        if flip and spec['metric']=='cosine': feats = [F.normalize(f) for f in feats]
+        return torch.stack(feats).mean(0).cpu()
     rows = [list(range(i, min(i+batch_size, len(images)))) for i in range(0, len(images), batch_size)]
     for r,ims in progress(load_batches(images, rows, device), f'features of {len(images)} crops, batches of {batch_size}', total=len(rows)):
-        ims = normalise(ims, spec['mean'], spec['std'])
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16): feats = [model(x).float() for x in ((ims, ims.flip(3)) if flip else (ims,))]
-        if flip and spec['metric']=='cosine': feats = [F.normalize(f) for f in feats]
-        out[r[0]:r[-1]+1] = torch.stack(feats).mean(0).cpu()
+        done = 0
+        while done<len(ims):
+            try: feats = embed(ims[done:done+most])
+            except torch.cuda.OutOfMemoryError as e:
+                if most==1: raise MemoryError(f'Not even one crop fits beside the network on {device} ({first_line(e)}); take bf16 or another device') from e
+                most //= 2
+                print(f'NOTE: the memory of {device} is too small for {2*most} crops at a time; going on with {most}')
+                continue
+            out[r[0]+done:r[0]+done+len(feats)] = feats
+            done += len(feats)
     if not out.isfinite().all(): raise FloatingPointError(f'The network gives features that are not finite (first: crop {(~out.isfinite().all(1)).nonzero()[0].item()}); its weights are damaged')
     return out
 

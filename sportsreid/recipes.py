@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'recipe_path', 'read_recipe', 'recipe_options', 'recipe_de
            'run_seeds', 'main', 'run_one', 'run_soup']
 
 # %% ../nbs/00a_recipes.ipynb #imports
-import argparse, ast, hashlib, json, os, queue, re, subprocess, sys
+import argparse, ast, hashlib, json, os, queue, re, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import papermill, torch, yaml
@@ -68,14 +68,16 @@ def run_recipe(
     params:dict,    # parameters that are not left at their defaults
 )->Path:  # the executed notebook
     "Execute a recipe with papermill; the notebook of an earlier run is replaced only by one that ends well"
-    final = Path(out)
+    final,rank = Path(out),int(os.environ.get('RANK', 0))
     out = final.with_name(f'{final.stem}-stopped.ipynb') if final.exists() else final
     try: out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: sys.exit(f'Cannot write {out} ({e.strerror}); choose another run folder')
-    try: papermill.execute_notebook(str(path), str(out), params, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=ERROR'])
+    said = {} if rank else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)  # of several processes the first alone speaks and writes
+    try:
+        with tempfile.TemporaryDirectory() as tmp: papermill.execute_notebook(str(path), f'{tmp}/{rank}.ipynb' if rank else str(out), params, progress_bar=False, **said, extra_arguments=['--log-level=ERROR'])
     except DeadKernelError: sys.exit(f'{Path(path).stem} was killed, most likely for want of memory; start it again to go on')
     except PapermillExecutionError as e: sys.exit(f'{Path(path).stem} stopped: {e.ename}: {e.evalue}\n(the notebook up to there: {out})')
-    return out.replace(final)
+    return final if rank else out.replace(final)
 
 # %% ../nbs/00a_recipes.ipynb #is-done
 def is_done(
@@ -144,6 +146,7 @@ def main(
     if 'seed' in params and seeds!=[None]: parser.error('give --seed or --seeds, not both')
     if out and len(seeds)>1: parser.error('--notebook is one file; leave it out with several seeds')
     if jobs<1 or len(set(seeds))<len(seeds): parser.error('--jobs is 1 or more, and each of --seeds is given once')
+    if len(seeds)>1 and int(os.environ.get('WORLD_SIZE', 1))>1: parser.error('several processes train one network; for several seeds leave the launcher out and give --jobs')
     if recipe!='train': return run_one(path, recipe, params, defaults, out)
     runs = {s: _run_name(name, params.get('run'), s, {**defaults, **params}['seed']) for s in seeds}
     todo = {s: {**params, 'run': r, **({} if s is None else dict(seed=s))} for s,r in runs.items()}
@@ -164,7 +167,9 @@ def run_one(
     folder = project_root()/(params.get('run') or params.get('out') or _out_name(recipe, {**defaults, **params}))
     if recipe=='evaluate' and not params.get('checkpoint') and not folder.is_dir(): sys.exit(f'there is no run folder {folder}')
     if recipe=='train' and is_done(folder, {**defaults, **params}): print(f'{folder} is finished, skipped')
-    else: print(f'executed notebook: {run_recipe(path, out or folder/f"{recipe}.ipynb", params)}')
+    else:
+        done = run_recipe(path, out or folder/f'{recipe}.ipynb', params)
+        if not int(os.environ.get('RANK', 0)): print(f'executed notebook: {done}')
 
 # %% ../nbs/00a_recipes.ipynb #run-soup
 def run_soup(
@@ -189,3 +194,6 @@ def _out_name(recipe:str, params:dict)->str:
     if recipe!='evaluate': return params['out']
     name = re.sub(r'\.(pth|pt|tar)\b', '', Path(params.get('checkpoint') or '').name)
     return f'runs/{params["arch"]}-{name}' if params.get('checkpoint') else 'runs/tiny-s0'
+
+# %% ../nbs/00a_recipes.ipynb #several
+if __name__=='__main__' and __spec__: main()  # python -m sportsreid.recipes; not in a notebook

@@ -12,6 +12,7 @@ import contextlib, json, math, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from .core import clock, first_line, mix_seed, project_root, read_log, short_path, trim_log, write_log, write_whole
 from .data import CropFiles, PackedCrops, augment, find_data, load_batches, normalise
+from .devices import deal, gather_rows
 from .losses import distances
 from .models import ReIDModel, save_model
 from .sampler import ActionSampler, HierarchicalSampler, MixedSampler, RandomIdentitySampler, level_codes
@@ -52,9 +54,12 @@ class TrainBatches:
         epoch:int,              # which one, from 0
         plan:list[list[int]],   # of that epoch
         skip:int=0,             # batches to leave out at its start
+        rank:int=0,             # which process this is
+        ranks:int=1,            # of how many, each with whole batches of its own
     )->Iterator[tuple[Tensor,Tensor,Tensor|None]]:  # (B,3,H,W) normalised, (B,) class of each crop, (B,2) its places
         "The batches of an epoch"
-        for i,(rows,ims) in enumerate(load_batches(self.images, plan[skip:], self.device), skip):
+        mine = deal(len(plan), rank, ranks, skip)
+        for i,(rows,ims) in zip(mine, load_batches(self.images, (plan[i] for i in mine), self.device)):
             rng = torch.Generator().manual_seed(mix_seed(self.seed, epoch, i))
             ims = normalise(augment(ims, rng, **self.augmentation), self.spec['mean'], self.spec['std'])
             classes,places = (o if o is None else o[rows].to(self.device, non_blocking=True) for o in (self.classes,self.places))
@@ -131,8 +136,16 @@ class Learner:
         freeze:float=0.,                    # share of the run in which only neck and classifier learn
         clip:float=0.,                      # longest gradient; 0: any
         ema:float=0.,                       # decay of the moving average; 0: none
+        gather:bool=True,                   # let the losses see the crops of all ranks
+        channels_last:bool=True,            # keep images as (B,H,W,3) in memory, which suits convolutions
+        compile:bool=False,                 # let torch.compile write the network anew
+        accelerator:Accelerator|None=None,  # of several ranks; None: one process
     ):
         self.model,self.loss,self.optimizer,self.schedule,self.bf16,self.freeze,self.clip = model,loss,optimizer,schedule,bf16,freeze,clip
+        self.gather,self.format,self.accelerator = gather,torch.channels_last if channels_last else torch.contiguous_format,accelerator
+        self.model.to(memory_format=self.format)
+        self.net = torch.compile(model) if compile else model
+        if accelerator: self.net = accelerator.prepare_model(self.net)
         self.ema = ModelEmaV3(model, decay=ema, use_warmup=True) if ema else None
         self.peaks,self.updates,self.alike = [g['lr'] for g in optimizer.param_groups],0,0
 
@@ -150,9 +163,12 @@ class Learner:
         "Follow the gradient of one batch"
         for g,lr in zip(self.optimizer.param_groups, self.peaks): g['lr'] = lr*self.schedule(t)
         self.model.train().backbone.requires_grad_(t>=self.freeze).train(t>=self.freeze)
-        with torch.autocast(ims.device.type, torch.bfloat16, enabled=self.bf16): logits,feats = self.model(ims)
-        total,parts = self.loss(logits, feats, classes, places)
-        (share*total).backward()
+        apart = contextlib.nullcontext() if update or not hasattr(self.net, 'no_sync') else self.net.no_sync()
+        with apart:  # ranks meet when the step is taken
+            with torch.autocast(ims.device.type, torch.bfloat16, enabled=self.bf16): logits,feats = self.net(ims.contiguous(memory_format=self.format))
+            if self.gather: logits,feats,classes,places = (gather_rows(o) for o in (logits,feats,classes,places))
+            total,parts = self.loss(logits, feats, classes, places)
+            (share*total).backward()
         self.refuse(total, feats.detach(), classes)
         if update: self.update()
         return {k: v.detach() for k,v in dict(loss=total, **parts).items()}
@@ -166,6 +182,8 @@ class Learner:
 
     def update(self)->None:
         "Take the step that the gradients say"
+        for p in self.loss.parameters() if self.accelerator and isinstance(self.loss, nn.Module) else ():
+            if p.grad is not None: p.grad = self.accelerator.reduce(p.grad, 'mean')  # the network's own are averaged on the way back
         if self.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -277,33 +295,42 @@ def train(
     save_every:float=300.,   # seconds between two states inside an epoch
     accumulate:int=1,        # batches that share a step
     steps:int|None=None,     # batches in all; None: those of `epochs`
-)->dict:  # scores of the best validation, with its epoch; {} without validation
+)->dict:  # scores of the best validation, with its epoch; {} without validation, and on all ranks but the first
     "Train, validate and keep the best; continues where an earlier call stopped"
     if min(epochs, valid_every, accumulate, 1 if steps is None else steps)<1: raise ValueError(f'epochs, valid_every, accumulate and steps are 1 or more, not {epochs}, {valid_every}, {accumulate} and {steps}')
+    group = learner.accelerator
+    rank,ranks = (group.process_index,group.num_processes) if group else (0,1)
+    meet,main = group.wait_for_everyone if group else lambda: None,rank==0
     start = load_state(folder, learner)
+    meet()  # all have read before the first rank writes
     epoch,step,skip,best = (start[k] for k in ('epoch','step','batch','best'))
-    if step: print(f'continuing in epoch {epoch+1} after step {step}')
-    report = Reporter(folder, step)
-    with _alone(folder), torch.random.fork_rng(devices=range(torch.cuda.device_count())), contextlib.closing(report.board):
+    if step and main: print(f'continuing in epoch {epoch+1} after step {step}')
+    report = Reporter(folder, step) if main else None
+    with _alone(folder) if main else contextlib.nullcontext(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), contextlib.closing(report.board) if main else contextlib.nullcontext():
         while (step<steps if steps else epoch<epochs):
             plan,saved = batches.plan(epoch),time.monotonic()
             if steps: plan = plan[:steps-step+skip]
-            for i,batch in enumerate(batches.load(epoch, plan, skip), skip+1):
-                torch.manual_seed(mix_seed(batches.seed, epoch, i, 1))
-                whole = i%accumulate==0 or i==len(plan)
-                group = min(accumulate, len(plan)-(i-1)//accumulate*accumulate)  # the last may be smaller
-                with _stopped_at(f'step {step+1} (epoch {epoch+1}, batch {i})'): parts = learner.step(step/steps if steps else (epoch+(i-1)/len(plan))/epochs, *batch, 1/group, whole)
-                step += 1
-                report.add(f'epoch {epoch+1}{"" if steps else f"/{epochs}"} batch {i}/{len(plan)}', step, parts, learner.optimizer.param_groups[-1]['lr'], len(batch[0]), left=steps-step if steps else (epochs-epoch)*len(plan)-i, now=i==len(plan))
-                if whole and i<len(plan) and time.monotonic()-saved>save_every:
+            rounds = math.ceil((len(plan)-skip)/ranks)
+            for k,batch in enumerate(batches.load(epoch, plan, skip, rank, ranks), 1):
+                before = skip+(k-1)*ranks
+                i = min(before+ranks, len(plan))  # batches of the epoch that are done with this round
+                torch.manual_seed(mix_seed(batches.seed, epoch, before+rank+1, 1))
+                whole = k%accumulate==0 or k==rounds
+                sharing = min(accumulate, rounds-(k-1)//accumulate*accumulate)  # the last may be fewer
+                with _stopped_at(f'step {step+1} (epoch {epoch+1}, batch {i})'): parts = learner.step(step/steps if steps else (epoch+before/len(plan))/epochs, *batch, 1/sharing, whole)
+                step += i-before
+                if main: report.add(f'epoch {epoch+1}{"" if steps else f"/{epochs}"} batch {i}/{len(plan)}', step, parts, learner.optimizer.param_groups[-1]['lr'], ranks*len(batch[0]), left=steps-step if steps else (epochs-epoch)*len(plan)-i, now=i==len(plan))
+                if main and whole and i<len(plan) and time.monotonic()-saved>save_every:
                     save_state(folder, learner, epoch=epoch, batch=i, step=step, best=best)
                     saved = time.monotonic()
             skip,epoch = 0,epoch+1
-            if score and (epoch%valid_every==0 or (step==steps if steps else epoch==epochs)):
-                with _stopped_at(f'step {step}, in the validation after epoch {epoch}'): best = validate(report, learner.best, score, best, step, epoch)
-            save_state(folder, learner, epoch=epoch, batch=0, step=step, best=best)
-            report.reset()  # validation is no part of the speed
-    if not score: save_model(folder, learner.best)
+            if main:
+                if score and (epoch%valid_every==0 or (step==steps if steps else epoch==epochs)):
+                    with _stopped_at(f'step {step}, in the validation after epoch {epoch}'): best = validate(report, learner.best, score, best, step, epoch)
+                save_state(folder, learner, epoch=epoch, batch=0, step=step, best=best)
+                report.reset()  # validation is no part of the speed
+            meet()
+    if not score and main: save_model(folder, learner.best)
     return best
 
 # %% ../nbs/05_train.ipynb #train-guards
