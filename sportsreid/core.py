@@ -64,7 +64,7 @@ def seeded(
 )->Iterator[None]:
     "Seed python's, numpy's and torch's global generators inside the block, and put them back after it"
     seed,py,npy = mix_seed(*seeds), random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):  # to look would start CUDA
         random.seed(seed); np.random.seed(seed%2**32); torch.manual_seed(seed)
         try: yield
         finally: random.setstate(py); np.random.set_state(npy)

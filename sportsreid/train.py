@@ -12,6 +12,7 @@ import contextlib, json, math, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from accelerate.utils import is_cuda_available
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from timm.optim import param_groups_layer_decay
@@ -301,12 +302,16 @@ def train(
     group = learner.accelerator
     rank,ranks = (group.process_index,group.num_processes) if group else (0,1)
     meet,main = group.wait_for_everyone if group else lambda: None,rank==0
-    start = load_state(folder, learner)
-    meet()  # all have read before the first rank writes
-    epoch,step,skip,best = (start[k] for k in ('epoch','step','batch','best'))
-    if step and main: print(f'continuing in epoch {epoch+1} after step {step}')
-    report = Reporter(folder, step) if main else None
-    with _alone(folder) if main else contextlib.nullcontext(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), contextlib.closing(report.board) if main else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if main: held.enter_context(_alone(folder))
+        meet()  # the folder is ours
+        start = load_state(folder, learner)
+        meet()  # all have read before the first rank writes
+        epoch,step,skip,best = (start[k] for k in ('epoch','step','batch','best'))
+        if step and main: print(f'continuing in epoch {epoch+1} after step {step}')
+        report = Reporter(folder, step) if main else None
+        if main: held.enter_context(contextlib.closing(report.board))
+        held.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         while (step<steps if steps else epoch<epochs):
             plan,saved = batches.plan(epoch),time.monotonic()
             if steps: plan = plan[:steps-step+skip]
@@ -319,7 +324,7 @@ def train(
                 sharing = min(accumulate, rounds-(k-1)//accumulate*accumulate)  # the last may be fewer
                 with _stopped_at(f'step {step+1} (epoch {epoch+1}, batch {i})'): parts = learner.step(step/steps if steps else (epoch+before/len(plan))/epochs, *batch, 1/sharing, whole)
                 step += i-before
-                if main: report.add(f'epoch {epoch+1}{"" if steps else f"/{epochs}"} batch {i}/{len(plan)}', step, parts, learner.optimizer.param_groups[-1]['lr'], ranks*len(batch[0]), left=steps-step if steps else (epochs-epoch)*len(plan)-i, now=i==len(plan))
+                if main: report.add(f'epoch {epoch+1}{"" if steps else f"/{epochs}"} batch {i}/{len(plan)}', step, parts, learner.optimizer.param_groups[-1]['lr'], ranks*len(batch[0]), left=math.ceil((steps-step if steps else (epochs-epoch)*len(plan)-i)/ranks), now=i==len(plan))
                 if main and whole and i<len(plan) and time.monotonic()-saved>save_every:
                     save_state(folder, learner, epoch=epoch, batch=i, step=step, best=best)
                     saved = time.monotonic()
@@ -382,9 +387,11 @@ def open_data(
 
 # %% ../nbs/05_train.ipynb #pick-device
 def pick_device(
-    device:str='',  # 'cuda', 'cuda:1', 'mps', 'cpu'; '': the best there is
+    device:str='',      # 'cuda', 'cuda:1', 'mps', 'cpu'; '': the best there is
+    forks:bool=False,   # leave CUDA alone, since no process can be forked from one that has started it
 )->torch.device:
     "Choose a device"
+    if forks: return torch.device(device or ('cuda' if is_cuda_available() else 'cpu'))
     if device:
         try: return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as e: raise ValueError(f'There is no device {device!r} here ({first_line(e)}); leave device out to take the best there is') from e
