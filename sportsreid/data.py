@@ -199,15 +199,16 @@ def _times(root:Path, split:str, folders:list[str])->np.ndarray:
 
 def _keep(file:Path, root:Path, split:str, rows:pd.DataFrame, since:int):
     "Write a table to a file, unless a folder changed after `since`"
+    joined = lambda names: np.frombuffer('\0'.join(names).encode('utf-8', 'surrogateescape'), np.uint8)
     folders = [os.path.relpath(top, root/split) for top,_,_ in os.walk(root/split, followlinks=True)]
     times = _times(root, split, folders)
     if times[:,0].max()>=since or rows.isna().any(axis=None): return
-    columns = dict(folders=np.frombuffer('\0'.join(folders).encode('utf-8', 'surrogateescape'), np.uint8), times=times)
+    columns = dict(folders=joined(folders), times=times)
     for c in rows:
         if rows[c].dtype.kind=='i': columns[f'{c}:'] = rows[c].to_numpy()
         else:
             codes,values = pd.factorize(rows[c])
-            columns |= {f'{c}:codes': codes.astype(np.int32), f'{c}:values': np.frombuffer('\0'.join(values).encode('utf-8', 'surrogateescape'), np.uint8)}
+            columns |= {f'{c}:codes': codes.astype(np.int32), f'{c}:values': joined(values)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(file) as tmp, tmp.open('wb') as f: np.savez(f, **columns)
@@ -225,7 +226,7 @@ def _kept(file:Path, root:Path, split:str)->pd.DataFrame|None:
 
 def _split_table(root:Path, split:str, cache:str|Path)->pd.DataFrame:
     "The rows of a split, kept or read"
-    file = Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}.npz' if cache else None
+    file = project_root()/Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}.npz' if cache else None
     if file and (rows := _kept(file, root, split)) is not None: return rows
     since = time.time_ns()
     with warnings.catch_warnings(record=True) as said:
@@ -241,7 +242,7 @@ def read_soccernet(
     root:str|Path,      # folder that holds train, valid, test, challenge
     split:str,          # one of them, or several joined for training: 'train+valid'
     subset:float=1.,    # share of the actions to keep, 0 to 1; a smaller share is a part of a larger one
-    cache:str|Path='',  # folder that keeps tables which were read, for as long as nothing changes; '': none
+    cache:str|Path='',  # folder that keeps tables which were read, for as long as nothing changes, in the project like packs; '': none
 )->pd.DataFrame:  # crop table; of several splits, role train throughout and no pid or action shared between them
     "Read SoccerNet-ReID from its folders"
     root,splits = Path(root).expanduser(),split.split('+')

@@ -13,7 +13,7 @@ from pathlib import Path
 import papermill, torch, yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from .core import project_root
+from .core import project_root, this_rank
 
 # %% ../nbs/00a_recipes.ipynb #recipe-path
 RECIPES = dict(train='05_train', evaluate='06_evaluate', soup='07_soup')
@@ -68,7 +68,7 @@ def run_recipe(
     params:dict,    # parameters that are not left at their defaults
 )->Path:  # the executed notebook
     "Execute a recipe with papermill; the notebook of an earlier run is replaced only by one that ends well"
-    final,rank = Path(out),int(os.environ.get('RANK', 0))
+    final,rank = Path(out),this_rank()[0]
     out = final.with_name(f'{final.stem}-stopped.ipynb') if final.exists() else final
     try: out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: sys.exit(f'Cannot write {out} ({e.strerror}); choose another run folder')
@@ -146,7 +146,7 @@ def main(
     if 'seed' in params and seeds!=[None]: parser.error('give --seed or --seeds, not both')
     if out and len(seeds)>1: parser.error('--notebook is one file; leave it out with several seeds')
     if jobs<1 or len(set(seeds))<len(seeds): parser.error('--jobs is 1 or more, and each of --seeds is given once')
-    if len(seeds)>1 and int(os.environ.get('WORLD_SIZE', 1))>1: parser.error('several processes train one network; for several seeds leave the launcher out and give --jobs')
+    if len(seeds)>1 and this_rank()[1]>1: parser.error('several processes train one network; for several seeds leave the launcher out and give --jobs')
     if recipe!='train': return run_one(path, recipe, params, defaults, out)
     runs = {s: _run_name(name, params.get('run'), s, {**defaults, **params}['seed']) for s in seeds}
     todo = {s: {**params, 'run': r, **({} if s is None else dict(seed=s))} for s,r in runs.items()}
@@ -169,7 +169,7 @@ def run_one(
     if recipe=='train' and is_done(folder, {**defaults, **params}): print(f'{folder} is finished, skipped')
     else:
         done = run_recipe(path, out or folder/f'{recipe}.ipynb', params)
-        if not int(os.environ.get('RANK', 0)): print(f'executed notebook: {done}')
+        if this_rank()[0]==0: print(f'executed notebook: {done}')
 
 # %% ../nbs/00a_recipes.ipynb #run-soup
 def run_soup(

@@ -12,8 +12,8 @@ import contextlib, json, math, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from accelerate.utils import is_cuda_available
 from accelerate import Accelerator
+from accelerate.utils import is_cuda_available
 from filelock import FileLock, Timeout
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
