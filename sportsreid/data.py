@@ -11,16 +11,17 @@ __all__ = ['ROLES', 'INTS', 'TEXTS', 'CROP_NAME', 'CHALLENGE_NAME', 'MATCH_NAME'
 # %% ../nbs/01_data.ipynb #imports
 import contextlib, hashlib, json, os, re, shutil, stat, time, warnings, zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from threading import Event, Thread
 from zipfile import BadZipFile, ZipFile, ZipInfo
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import torch.nn.functional as F
 from torch import Tensor
 from filelock import FileLock
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import resize
 from .core import progress, project_root, write_whole
 
 # %% ../nbs/01_data.ipynb #table-columns
@@ -57,7 +58,7 @@ def check_crops(
     crops = crops.assign(**{c: crops[c].astype(object).fillna('').astype(str) for c in TEXTS if c in crops})
     if (bad := ~crops.role.isin(ROLES)).any(): raise ValueError(f'Column role must be train, query or gallery; {name_rows(bad)}: {crops.role[bad].iloc[0]!r}')
     if (bad := crops.path=='').any(): raise ValueError(f'Column path is empty in {name_rows(bad)}')
-    if (bad := crops.duplicated(['role','path'])).any(): raise ValueError(f'A crop stands in the table twice, {name_rows(bad)}: {crops.path[bad].iloc[0]}; drop one')
+    if crops.path.duplicated().any() and (bad := crops.duplicated(['role','path'])).any(): raise ValueError(f'A crop stands in the table twice, {name_rows(bad)}: {crops.path[bad].iloc[0]}; drop one')
     if (bad := (crops.pid<0) & (crops.role=='train')).any(): raise ValueError(f'A training crop needs a pid of 0 or more; {name_rows(bad)} of {crops.path[bad].iloc[0]}')
     _check_matches(crops)
     return crops
@@ -90,10 +91,11 @@ def parse_names(
 )->pd.DataFrame:  # a column for each part of the name, pid -1 where hidden
     "Read the parts of SoccerNet's file names"
     pattern = CHALLENGE_NAME if hidden else CROP_NAME
-    parts = paths.str.rsplit('/', n=1).str[-1].str.extract(f'^{pattern.pattern}$')
-    if (bad := parts.bbox.isna()).any():
+    found = [pattern.fullmatch(p.rpartition('/')[2]) for p in paths]
+    if lost := [p for p,m in zip(paths, found) if not m]:
         form = '<bbox>-<action>-<H>x<W>.png' if hidden else '<bbox>-<action>-<pid>-<frame>-<class>-<jersey>-<UAI>-<H>x<W>.png'
-        raise ValueError(f'{bad.sum()} file names do not parse as {form}; first: {paths[bad].iloc[0]}; rename or remove them')
+        raise ValueError(f'{len(lost)} file names do not parse as {form}; first: {lost[0]}; rename or remove them')
+    parts = pd.DataFrame([m.groups() for m in found], columns=[*pattern.groupindex], index=paths.index)
     if hidden: parts['pid'] = -1
     return parts.astype({c: np.int64 for c in INTS if c in parts})
 
@@ -121,7 +123,7 @@ def list_images(
     return found[~_stem(found).duplicated()][::-1].reset_index(drop=True)
 
 # %% ../nbs/01_data.ipynb #stem
-def _stem(paths:pd.Series)->pd.Series: return paths.str.replace(r'\.\w+$', '', regex=True)
+def _stem(paths:Iterable[str])->pd.Series: return pd.Series([re.sub(r'\.\w+$', '', p) for p in paths], dtype=object)
 
 # %% ../nbs/01_data.ipynb #read-info
 def _info_path(folder:Path)->Path|None:
@@ -156,7 +158,7 @@ def _match_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:Path)->pd
     names = parse_names(rows.path)
     if (rows.role!='train').any(): names['role'] = rows.path.str.split('/').str[0]
     for col in names:
-        bad = names[col].astype(str)!=rows[col].astype(str)
+        bad = names[col]!=rows[col] if col in INTS else names[col].astype(str)!=rows[col].astype(str)
         if bad.any(): raise ValueError(f'{info.name} says {col} {rows[col][bad].iloc[0]}, the file says {names[col][bad].iloc[0]}: {rows.path[bad].iloc[0]} (and {bad.sum()-1} more); one of them is wrong, so download the split again')
     return rows
 
@@ -182,19 +184,21 @@ def _read_split(root:Path, split:str)->pd.DataFrame:
 # %% ../nbs/01_data.ipynb #read-places
 def _places(paths:pd.Series)->pd.DataFrame:
     "League, season, match and teams, from [role/]league/season/match/action/name"
-    parts = paths.str.rsplit('/', n=5).str[-5:-2]
-    if (bad := parts.str.len()!=3).any(): raise ValueError(f'A crop must lie in league/season/match/action/; {paths[bad].iloc[0]} does not')
-    places = pd.DataFrame(parts.tolist(), columns=['league','season','match'])
-    teams = {m: parse_match(m) for m in places.match.unique()}
-    unread = [m for m,t in teams.items() if not t[0]]
-    if unread: warnings.warn(f'{len(unread)} match folders do not read as "date - time home score - score away", so their teams are unknown; first: {unread[0]}')
-    return places.assign(home=places.match.map(lambda m: teams[m][0]), away=places.match.map(lambda m: teams[m][1]))
+    folders = pd.Series([p.rpartition('/')[0] for p in paths])
+    codes,each = pd.factorize(folders)
+    parts = [f.split('/')[-4:-1] for f in each]
+    if short := [f for f,p in zip(each, parts) if len(p)!=3]: raise ValueError(f'A crop must lie in league/season/match/action/; {paths[folders==short[0]].iloc[0]} does not')
+    places = pd.DataFrame(parts, columns=['league','season','match'])
+    places[['home','away']] = [parse_match(m) for m in places.match]
+    unread = places.match[places.home==''].unique()
+    if len(unread): warnings.warn(f'{len(unread)} match folders do not read as "date - time home score - score away", so their teams are unknown; first: {unread[0]}')
+    return places.iloc[codes].reset_index(drop=True)
 
 # %% ../nbs/01_data.ipynb #table-cache
 def _times(root:Path, split:str, folders:list[str])->np.ndarray:
     "When each folder of a split, and what describes it, last changed"
-    info = _info_path(root/split) if split!='challenge' else None
-    stats = [os.stat(root/split/f) for f in folders] + ([os.stat(info)] if info else [])
+    top,info = root/split,_info_path(root/split) if split!='challenge' else None
+    stats = [os.stat(p) for p in (*(f'{top}/{f}' for f in folders), *([info] if info else []))]
     return np.array([[s.st_mtime_ns, s.st_ino] for s in stats])
 
 def _keep(file:Path, root:Path, split:str, rows:pd.DataFrame, since:int):
@@ -404,6 +408,10 @@ def _check_fit(fit:str):
     if fit not in ('stretch','pad'): raise ValueError(f"fit is {fit!r}; give 'stretch' to fill the size, or 'pad' to keep a crop's shape")
 
 # %% ../nbs/01_data.ipynb #read-crop
+def _resize(im:Tensor, height:int, width:int)->Tensor:
+    "Bring an image to a size; colours stay side by side in memory"
+    return F.interpolate(im.permute(1,2,0)[None].permute(0,3,1,2), (height,width), mode='bilinear', antialias=True)[0]
+
 def read_crop(
     path:str|Path,        # a .png or .jpg
     size:tuple[int,int],  # height, width to bring it to
@@ -419,7 +427,7 @@ def read_crop(
         why = 'is not there' if not os.path.exists(path) else f'cannot be decoded ({str(e).split(", ")[-1]})'
         raise ValueError(f'The crop {path} {why}; fetch it again or drop its row') from e
     if im.dtype==torch.uint16: im = (im.float()/257).round().to(torch.uint8)
-    return _pad(im, *size) if fit=='pad' else resize(im, list(size), antialias=True)
+    return _pad(im, *size) if fit=='pad' else _resize(im, *size)
 
 # %% ../nbs/01_data.ipynb #pad
 def _pad(im:Tensor, height:int, width:int)->Tensor:
@@ -428,7 +436,7 @@ def _pad(im:Tensor, height:int, width:int)->Tensor:
     h,w = (min(most, max(1, round(n*scale))) for n,most in zip(im.shape[1:], (height,width)))
     ground = torch.tensor(PAD, dtype=torch.uint8)[:,None,None].repeat(1, height, width)
     top,left = (height-h)//2,(width-w)//2
-    ground[:,top:top+h,left:left+w] = resize(im, [h,w], antialias=True)
+    ground[:,top:top+h,left:left+w] = _resize(im, h, w)
     return ground
 
 # %% ../nbs/01_data.ipynb #crop-files
@@ -448,7 +456,11 @@ class CropFiles:
 
     def __getitem__(self, rows:list[int])->Tensor:  # (B,3,height,width) uint8
         "Decode the crops of these rows"
-        return torch.stack(list(self.pool.map(lambda r: read_crop(self.paths[r], self.size, self.fit), rows)))
+        out = torch.empty(len(rows), *self.size, 3, dtype=torch.uint8).permute(0,3,1,2)
+        def some(first):  # eight in a go, since each handing over between threads costs time
+            for i in range(first, min(first+8, len(rows))): out[i] = read_crop(self.paths[rows[i]], self.size, self.fit)
+        list(self.pool.map(some, range(0, len(rows), 8)))
+        return out
 
 # %% ../nbs/01_data.ipynb #packed-crops
 class PackedCrops:
@@ -461,7 +473,7 @@ class PackedCrops:
 
     def __getitem__(self, rows:list[int])->Tensor:  # (B,3,height,width) uint8
         "Copy the crops of these rows"
-        return torch.from_numpy(self.pixels[np.asarray(rows)])
+        return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0,3,1,2)
 
 # %% ../nbs/01_data.ipynb #pack-manifest
 def _pack_manifest(crops:pd.DataFrame, size:tuple[int,int], fit:str='stretch')->dict:
@@ -470,15 +482,15 @@ def _pack_manifest(crops:pd.DataFrame, size:tuple[int,int], fit:str='stretch')->
     except FileNotFoundError as e: raise ValueError(f'The crop {e.filename} is not there; fetch it again or drop its row') from e
     made_of = pd.DataFrame(dict(path=crops.path.map(os.path.abspath), bytes=[s.st_size for s in stats], time=[s.st_mtime_ns for s in stats]))
     digest = hashlib.sha256(pd.util.hash_pandas_object(made_of, index=False).to_numpy().tobytes()).hexdigest()
-    padded = dict(fit=fit, pad=list(PAD)) if fit=='pad' else {}  # packs from before there was a choice are stretched
-    return dict(format=1, crops=len(crops), size=list(size), made_of=digest, **padded)
+    padded = dict(fit=fit, pad=list(PAD)) if fit=='pad' else {}
+    return dict(format=2, crops=len(crops), size=list(size), made_of=digest, **padded)
 
 # %% ../nbs/01_data.ipynb #packed
 def _packed(pixels:Path, note:Path, manifest:dict)->int:
     "How many crops of a pack are done; 0 if it was made of something else or is damaged"
     try:
         old = json.loads(note.read_text())
-        whole = np.load(pixels, mmap_mode='r').shape==(manifest['crops'], 3, *manifest['size'])
+        whole = np.load(pixels, mmap_mode='r').shape==(manifest['crops'], *manifest['size'], 3)
     except (OSError, ValueError): return 0
     done = old.pop('done', 0)
     return done if whole and old==manifest else 0
@@ -498,13 +510,13 @@ def pack_crops(
     except OSError as e: raise OSError(f'Cannot keep packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
     with FileLock(folder/'.lock'):  # seeds that start together share a pack: one makes it, the others wait
         done = _packed(pixels, note, manifest)
-        if not done: _start_pack(folder, pixels, note, (len(crops), 3, *size))
+        if not done: _start_pack(folder, pixels, note, (len(crops), *size, 3))
         if done<len(crops):
             out = np.lib.format.open_memmap(pixels, 'r+')
             files,chunk = CropFiles(crops, size, n_workers, fit),256
             for i in progress(range(done, len(crops), chunk), f'packing {len(crops)} crops at {size[0]}x{size[1]}, in {chunk}s'):
                 stop = min(i+chunk, len(crops))
-                out[i:stop] = files[range(i, stop)].numpy()
+                out[i:stop] = files[range(i, stop)].permute(0,2,3,1).numpy()
                 if stop==len(crops) or (i//chunk)%16==15:
                     out.flush()
                     with write_whole(note) as tmp: tmp.write_text(json.dumps({**manifest, 'done': stop}))
@@ -539,24 +551,27 @@ def load_batches(
     batches:Iterable[list[int]],      # row numbers of each batch, e.g. a batch sampler
     device:str|torch.device='cpu',    # where the batch should be
     ahead:int=4,                      # batches to prepare in advance
-)->Iterator[tuple[list[int],Tensor]]:  # row numbers, (B,3,height,width) uint8 on the device
+    change:Callable[[int,Tensor],Tensor]=lambda i,ims: ims,  # done to the pixels of batch i, on the device
+)->Iterator[tuple[list[int],Tensor]]:  # row numbers, and on the device (B,3,height,width) uint8 or what `change` makes of it
     "Read batches in the background and hand them out in order"
-    pin = torch.device(device).type=='cuda'
-    def read(rows):
+    device = torch.device(device)
+    cpu,waiting,numbered = device.type=='cpu',deque(),enumerate(batches)
+    def read(i, rows):
         ims = images[rows]
-        return rows, ims.pin_memory() if pin else ims
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
-        for rows in batches:
-            waiting.append(pool.submit(read, rows))
-            if len(waiting)<=ahead: continue
-            rows,ims = waiting.popleft().result()
-            yield rows, ims.to(device, non_blocking=True)
-        while waiting:
-            rows,ims = waiting.popleft().result()
-            yield rows, ims.to(device, non_blocking=True)
+        if cpu: return i, rows, change(i, ims)  # which would keep the network waiting; other devices only note it down
+        return i, rows, ims.pin_memory() if device.type=='cuda' else ims
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # two, so that the next batch is begun while the last crops of one are decoded
+        while True:
+            waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))
+            if not waiting: return
+            i,rows,ims = waiting.popleft().result()
+            yield rows, ims if cpu else change(i, ims.to(device, non_blocking=True))
 
 # %% ../nbs/01_data.ipynb #augment
+def _room(shape:tuple, device:torch.device)->Tensor:
+    "Memory for floats; on the CPU NumPy asks the system for it in large pages, which fill several times faster than what torch takes"
+    return torch.from_numpy(np.empty(shape, np.float32)) if device.type=='cpu' else torch.empty(shape, device=device)
+
 def augment(
     ims:Tensor,           # (B,3,H,W) uint8 or float in 0..255
     rng:torch.Generator,  # on the CPU
@@ -574,11 +589,12 @@ def augment(
     x,B,H = ims,len(ims),ims.shape[2]
     draw = lambda *shape: torch.rand(shape, generator=rng).to(x.device, non_blocking=True)
     if flip:
-        hit = (torch.rand(B, generator=rng)<flip).nonzero()[:,0].to(x.device, non_blocking=True)
-        x = x.index_copy(0, hit, x[hit].flip(-1))
+        hit = (torch.rand(B, generator=rng)<flip).to(x.device, non_blocking=True)
+        both = torch.cat([o.permute(0,2,3,1) for o in (x, x.flip(-1))])  # colours last, so that images are copied whole
+        x = both.index_select(0, torch.arange(B, device=x.device)+B*hit).permute(0,3,1,2)
     if occlude: x = _occlude(x, torch.rand(B, 4, generator=rng), occlude)
     if crop: x = _shift(x, crop*(2*draw(B,2)-1))
-    if blur or shrink or jitter or erase: x = x.to(torch.float32, copy=True)  # what follows may change it in place, since fresh memory costs more than the sums
+    if blur or shrink or jitter or erase: x = _room(x.shape, x.device).copy_(x)  # what follows may change it in place
     if blur or shrink: x = _far(x, blur*H*draw(B) if blur else x.new_zeros(B), 1-shrink*draw(B) if shrink else x.new_ones(B))
     if jitter: x = _jitter(x, 1+jitter*(2*draw(3,B,1,1,1)-1))
     if erase: x = _erase(x, torch.rand(B, 5, generator=rng), erase)
@@ -672,9 +688,13 @@ def normalise(
     std:tuple[float,...]=IMAGENET[1],  # likewise
 )->Tensor:  # (B,3,H,W) float32, channels last in memory
     "Scale pixels to what a network expects"
-    out = torch.empty(ims.shape, device=ims.device, memory_format=torch.channels_last)
-    for c,(m,s) in enumerate(zip(mean, std)): out[:,c].copy_(ims[:,c]).sub_(255*m).div_(255*s)  # one colour at a time, with no other memory than the result's
-    return out
+    B,C,H,W = ims.shape
+    row = lambda v: torch.cat([torch.full((1,), 255*o, device=ims.device) for o in v]).repeat(W)  # of one image, so that sums run along memory
+    out = _room((B,H,W,C), ims.device)
+    out.permute(0,3,1,2).copy_(ims)
+    out.view(B,H,W*C).sub_(row(mean)).div_(row(std))
+    return out.permute(0,3,1,2)
+
 
 # %% ../nbs/01_data.ipynb #show-crops
 def show_crops(

@@ -45,15 +45,13 @@ def find_members(
     if len(set(prints.values()))>1: raise ValueError(f'The runs saw different training crops ({", ".join(f"{k}: {v}" for k,v in prints.items())}); average runs on the same data')
     return found
 
-# %% ../nbs/07_soup.ipynb #open-weights
-def _open_weights(path:Path):
-    "A file whose tensors are read when they are asked for"
-    try: return safe_open(path, 'pt')
+# %% ../nbs/07_soup.ipynb #weight
+def _weight(folder:str|Path, name:str)->Tensor:
+    "One tensor of a run; its file is opened for it alone, since what was read stays in memory for as long as a file is open"
+    path = Path(folder)/'best.safetensors'
+    try:
+        with safe_open(path, 'pt') as f: return f.get_tensor(name)
     except Exception as e: raise ValueError(f'{path} cannot be read ({first_line(e)}); train or fetch that run again') from e
-
-def _finite(w:Tensor, folder:str|Path, name:str)->Tensor:
-    if not w.isfinite().all(): raise ValueError(f'{name} of {folder} is not finite; leave that run out')
-    return w
 
 # %% ../nbs/07_soup.ipynb #average
 @torch.no_grad()
@@ -65,8 +63,11 @@ def uniform_soup(
     shares = [1/len(folders)]*len(folders) if shares is None and folders else shares
     model = build(soup_spec(folders))
     if len(shares)!=len(folders) or abs(sum(shares)-1)>1e-6: raise ValueError(f'shares are one for each of the {len(folders)} members and add up to 1, not {shares}')
-    files = {f: _open_weights(Path(f)/'best.safetensors') for f in folders}
-    for name,w in model.state_dict().items(): w.copy_(sum(share*_finite(o.get_tensor(name).double(), f, name) for share,(f,o) in zip(shares, files.items())))
+    for name,w in model.state_dict().items():
+        mean = torch.zeros(w.shape, dtype=torch.float64)
+        for share,f in zip(shares, folders): mean.add_(_weight(f, name), alpha=share)
+        if not mean.isfinite().all(): raise ValueError(f'{name} of {next(f for f in folders if not _weight(f, name).isfinite().all())} is not finite; leave that run out')
+        w.copy_(mean)
     return model.eval()
 
 # %% ../nbs/07_soup.ipynb #update-bn

@@ -60,9 +60,10 @@ class TrainBatches:
     )->Iterator[tuple[Tensor,Tensor,Tensor|None]]:  # (B,3,H,W) normalised, (B,) class of each crop, (B,2) its places
         "The batches of an epoch"
         mine = deal(len(plan), rank, ranks, skip)
-        for i,(rows,ims) in zip(mine, load_batches(self.images, (plan[i] for i in mine), self.device)):
-            rng = torch.Generator().manual_seed(mix_seed(self.seed, epoch, i))
-            ims = normalise(augment(ims, rng, **self.augmentation), self.spec['mean'], self.spec['std'])
+        def change(i, ims):
+            rng = torch.Generator().manual_seed(mix_seed(self.seed, epoch, mine[i]))
+            return normalise(augment(ims, rng, **self.augmentation), self.spec['mean'], self.spec['std'])
+        for rows,ims in load_batches(self.images, (plan[i] for i in mine), self.device, change=change):
             classes,places = (o if o is None else o[rows].to(self.device, non_blocking=True) for o in (self.classes,self.places))
             yield ims, classes, places
 
