@@ -229,14 +229,14 @@ def _kept(file:Path, root:Path, split:str)->pd.DataFrame|None:
     except (OSError, ValueError, KeyError, IndexError, BadZipFile): return None
 
 def _split_table(root:Path, split:str, cache:str|Path)->pd.DataFrame:
-    "The rows of a split, kept or read"
-    file = project_root()/Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}.npz' if cache else None
+    "The rows of a split, kept or read and checked"
+    file = project_root()/Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}-checked.npz' if cache else None
     if file and (rows := _kept(file, root, split)) is not None: return rows
     since = time.time_ns()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         rows = _read_split(root, split)
-        if split!='challenge': rows = pd.concat([rows, _places(rows.path)], axis=1)
+        rows = check_crops(rows if split=='challenge' else pd.concat([rows, _places(rows.path)], axis=1))
     for w in said: warnings.warn(w.message)
     if file and not said: _keep(file, root, split, rows, since)
     return rows
@@ -257,7 +257,7 @@ def read_soccernet(
     tables = [t.assign(path=f'{root.as_posix()}/{s}/'+t.path) for s in splits for t in [_split_table(root, s, cache)]]
     crops = tables[0] if len(tables)==1 else _join(tables)
     crops = crops.reindex(columns=['path','role',*(c for c in (*INTS,*TEXTS) if c in crops and c not in ('path','role'))])
-    return check_crops(_some_actions(crops, subset) if subset<1 else crops)
+    return _some_actions(crops, subset) if subset<1 else crops
 
 # %% ../nbs/01_data.ipynb #join
 def _join(tables:list[pd.DataFrame])->pd.DataFrame:
@@ -269,7 +269,7 @@ def _join(tables:list[pd.DataFrame])->pd.DataFrame:
 def _some_actions(crops:pd.DataFrame, subset:float)->pd.DataFrame:
     "The crops of a share of the actions, drawn with a fixed seed"
     actions = np.random.default_rng(0).permutation(np.sort(crops.action.unique()))
-    return crops[crops.action.isin(actions[:max(1, round(subset*len(actions)))])]
+    return crops[crops.action.isin(actions[:max(1, round(subset*len(actions)))])].reset_index(drop=True)
 
 # %% ../nbs/01_data.ipynb #download-check-disk
 def _check_disk(folder:Path, need:float):
@@ -390,7 +390,7 @@ def find_data(
     return None, 'no data given, $SPORTSREID_DATA is not set, and there is no data/soccernet'
 
 # %% ../nbs/01_data.ipynb #check-png
-def _check_png(data:bytes):
+def _check_png(data:memoryview):
     "Compare a PNG's checksums; libpng may take the whole process down over a wrong one"
     if not data: raise ValueError('the file is empty')
     if data[:4]!=b'\x89PNG': return
@@ -420,8 +420,8 @@ def read_crop(
     "Decode one crop"
     _check_fit(fit)
     try:
-        data = Path(path).read_bytes()
-        _check_png(data)
+        with open(path, 'rb') as f: data = f.read()
+        _check_png(memoryview(data))
         im = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except (OSError, RuntimeError, ValueError) as e:
         why = 'is not there' if not os.path.exists(path) else f'cannot be decoded ({str(e).split(", ")[-1]})'
@@ -528,7 +528,9 @@ def _start_pack(folder:Path, pixels:Path, note:Path, shape:tuple):
     try:
         note.unlink(missing_ok=True); pixels.unlink(missing_ok=True)
     except OSError as e: raise OSError(f'Cannot replace the packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
-    _check_disk(folder, float(np.prod(shape)))  # without the old pack
+    need = float(np.prod(shape))
+    _check_disk(folder, need)  # without the old pack
+    print(f'a pack of {shape[0]} crops at {shape[1]}x{shape[2]} takes {need/1e6:,.1f} MB of the disk', flush=True)
     try: np.lib.format.open_memmap(pixels, 'w+', np.uint8, shape).flush()
     except OSError as e: raise OSError(f'Cannot keep packed crops in {folder} ({e.strerror}); choose another folder, or go without') from e
 
