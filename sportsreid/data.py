@@ -671,7 +671,7 @@ def _occlude(x:Tensor, u:Tensor, p:float)->Tensor:
     ys,xs = torch.arange(H, device=dev),torch.arange(W, device=dev)
     front = _take(x[other], (ys-(H-h)).clamp(min=0), (xs+by).clamp(0, W-1))
     inside = (ys>=H-h)[:,None,:,None] & torch.where(side==1, xs>=W-w, xs<w)[:,None,None,:]
-    return x.index_copy(0, hit, torch.where(inside, front, x[hit]))
+    return x.clone().index_copy_(0, hit, torch.where(inside, front, x[hit]))  # of which only those that are hit are written element by element
 
 # %% ../nbs/01_data.ipynb #augments
 AUGMENTS = dict(
