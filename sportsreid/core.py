@@ -79,7 +79,8 @@ def keep_memory()->bool:  # False where the C library cannot be told, as on macO
     "Have this process keep memory that is freed, for the next time"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
-    return all([mallopt(-3, 2**30), mallopt(-1, 2**31-1)])  # M_MMAP_THRESHOLD: blocks of less than 1 GB are kept; M_TRIM_THRESHOLD: whatever is left at the end of the heap, too
+    blocks = mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks of less than 1 GB are kept, of less than 32 MB by an older glibc
+    return bool(blocks and mallopt(-1, 2**31-1))       # M_TRIM_THRESHOLD: and so is what is free at the end of the heap
 
 # %% ../nbs/00_core.ipynb #progress
 def clock(

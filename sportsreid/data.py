@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'INTS', 'TEXTS', 'CROP_NAME', 'CHALLENGE_NAME', 'MATCH_NAME'
            'open_crops', 'load_batches', 'augment', 'normalise', 'show_crops']
 
 # %% ../nbs/01_data.ipynb #imports
-import contextlib, hashlib, json, os, re, shutil, stat, time, warnings, zlib
+import contextlib, hashlib, json, math, os, re, shutil, stat, struct, time, warnings, zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +141,8 @@ def _read_info(path:Path, split:str)->pd.DataFrame:
         rows = rows[['path','role','bbox','action','pid','frame','person','jersey','height','width']]
         rows = rows.assign(jersey=rows.jersey.astype(object).where(rows.jersey.notna(), 'None').astype(str))
         if (bad := rows.isna().any(axis=1)).any(): raise ValueError(f'bbox_idx {rows.bbox[bad].iloc[0]} lacks {rows.columns[rows[bad].iloc[0].isna()][0]}')
-        rows = rows.astype({c: np.int64 for c in INTS if c in rows})
+        if (bad := ~rows.path.map(lambda p: isinstance(p, str))).any(): raise ValueError(f'bbox_idx {rows.bbox[bad].iloc[0]} has a relative_path that is no text')
+        rows = rows.assign(**{c: _as_ints(rows, c) for c in INTS if c in rows})
     except (AttributeError, KeyError, TypeError, ValueError) as e: raise ValueError(f'{path} does not hold the records of SoccerNet-ReID ({e}); download the split again, or remove the file to use the crops\' names') from e
     return rows.assign(path=rows.path.str.removeprefix(f'{split}/'))
 
@@ -222,17 +223,18 @@ def _kept(file:Path, root:Path, split:str)->pd.DataFrame|None:
     "The table in a file, if it is whole and nothing has changed since"
     text = lambda a: np.array(a.tobytes().decode('utf-8', 'surrogateescape').split('\0'), dtype=object)
     try:
-        with np.load(file, allow_pickle=False) as z: columns = dict(z)
+        with open(file, 'rb') as f, np.load(f, allow_pickle=False) as z: columns = dict(z)
         if not np.array_equal(_times(root, split, text(columns.pop('folders'))), columns.pop('times')): return None
         names = dict.fromkeys(c.rsplit(':', 1)[0] for c in columns)
+        if not {'path','role','pid','action'} <= set(names): return None
         return pd.DataFrame({c: columns[f'{c}:'] if f'{c}:' in columns else text(columns[f'{c}:values'])[columns[f'{c}:codes']] for c in names})
-    except (OSError, ValueError, KeyError, IndexError, BadZipFile): return None
+    except (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, BadZipFile): return None
 
 def _split_table(root:Path, split:str, cache:str|Path)->pd.DataFrame:
     "The rows of a split, kept or read and checked"
     file = project_root()/Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}-checked.npz' if cache else None
     if file and (rows := _kept(file, root, split)) is not None: return rows
-    since = time.time_ns()
+    since = time.time_ns()-50_000_000  # the clock of files lags by some milliseconds
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         rows = _read_split(root, split)
@@ -252,6 +254,7 @@ def read_soccernet(
     root,splits = Path(root).expanduser(),split.split('+')
     for s in splits:
         if s not in ('train','valid','test','challenge'): raise ValueError(f'Unknown split {s!r}; there are train, valid, test and challenge')
+    if len(set(splits))<len(splits): raise ValueError(f'{split} names a split twice; name each once')
     if not 0<subset<=1: raise ValueError(f'subset is the share of actions to keep, above 0 and at most 1, not {subset}')
     if len(splits)>1 and 'challenge' in splits: raise ValueError('The challenge split hides its pids, so it cannot be trained on')
     tables = [t.assign(path=f'{root.as_posix()}/{s}/'+t.path) for s in splits for t in [_split_table(root, s, cache)]]
@@ -391,15 +394,22 @@ def find_data(
 
 # %% ../nbs/01_data.ipynb #check-png
 def _check_png(data:memoryview):
-    "Compare a PNG's checksums; libpng may take the whole process down over a wrong one"
+    "Look for damage in a PNG, over which libpng may take the whole process down"
     if not data: raise ValueError('the file is empty')
     if data[:4]!=b'\x89PNG': return
-    i,kind = 8,b''
+    i,kind,pixels = 8,b'',[]
     while kind!=b'IEND':
         n,kind = int.from_bytes(data[i:i+4], 'big'),data[i+4:i+8]
         if len(data)<i+12+n: raise ValueError('the file is cut short')
         if zlib.crc32(data[i+4:i+8+n])!=int.from_bytes(data[i+8+n:i+12+n], 'big'): raise ValueError('a checksum is wrong')
+        if kind==b'IDAT': pixels.append(data[i+8:i+8+n])
         i += 12+n
+    if data[12:16]!=b'IHDR': raise ValueError('its header is missing')
+    width,height,depth,colours,_,_,interlaced = struct.unpack('>IIBBBBB', data[16:29])
+    need = height*(1+math.ceil(width*depth*{2: 3, 4: 2, 6: 4}.get(colours, 1)/8))  # a byte for the filter of each row
+    try: found = len(zlib.decompress(b''.join(pixels)))
+    except zlib.error as e: raise ValueError(f'its pixels are damaged: {e}') from e
+    if found<need and not interlaced: raise ValueError(f'it holds {found} of {need} bytes of pixels')
 
 # %% ../nbs/01_data.ipynb #check-fit
 PAD = 124,116,104  # ImageNet's mean colour in 0..255
@@ -416,12 +426,13 @@ def read_crop(
     path:str|Path,        # a .png or .jpg
     size:tuple[int,int],  # height, width to bring it to
     fit:str='stretch',    # or 'pad': keep its shape, in the middle of a grey ground
+    check:bool=True,      # look for damage first, which takes half as long again
 )->Tensor:  # (3,height,width) uint8
     "Decode one crop"
     _check_fit(fit)
     try:
         with open(path, 'rb') as f: data = f.read()
-        _check_png(memoryview(data))
+        if check: _check_png(memoryview(data))
         im = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except (OSError, RuntimeError, ValueError) as e:
         why = 'is not there' if not os.path.exists(path) else f'cannot be decoded ({str(e).split(", ")[-1]})'
@@ -440,6 +451,12 @@ def _pad(im:Tensor, height:int, width:int)->Tensor:
     return ground
 
 # %% ../nbs/01_data.ipynb #crop-files
+def _one_thread(usual:int):
+    "Let this thread of a pool compute on one core; torch would give that number to all later threads as well, so it is set back"
+    torch.set_num_threads(1)
+    (other := Thread(target=torch.set_num_threads, args=(usual,))).start()
+    other.join()
+
 class CropFiles:
     "Crops decoded from their files each time"
     def __init__(self,
@@ -450,7 +467,8 @@ class CropFiles:
     ):
         _check_fit(fit)
         self.paths,self.size,self.fit = crops.path.tolist(),tuple(size),fit
-        self.pool = ThreadPoolExecutor(n_workers or min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))  # each thread of the pool is one thread
+        self.sound = set()  # rows whose file was whole when it was read first
+        self.pool = ThreadPoolExecutor(n_workers or min(16, os.cpu_count() or 1), initializer=_one_thread, initargs=(torch.get_num_threads(),))
 
     def __len__(self): return len(self.paths)
 
@@ -458,7 +476,9 @@ class CropFiles:
         "Decode the crops of these rows"
         out = torch.empty(len(rows), *self.size, 3, dtype=torch.uint8).permute(0,3,1,2)
         def some(first):  # eight in a go, since each handing over between threads costs time
-            for i in range(first, min(first+8, len(rows))): out[i] = read_crop(self.paths[rows[i]], self.size, self.fit)
+            for i in range(first, min(first+8, len(rows))):
+                out[i] = read_crop(self.paths[rows[i]], self.size, self.fit, rows[i] not in self.sound)
+                self.sound.add(rows[i])
         list(self.pool.map(some, range(0, len(rows), 8)))
         return out
 
@@ -473,7 +493,7 @@ class PackedCrops:
 
     def __getitem__(self, rows:list[int])->Tensor:  # (B,3,height,width) uint8
         "Copy the crops of these rows"
-        return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0,3,1,2)
+        return torch.from_numpy(self.pixels[np.asarray(rows, dtype=np.int64)]).permute(0,3,1,2)
 
 # %% ../nbs/01_data.ipynb #pack-manifest
 def _pack_manifest(crops:pd.DataFrame, size:tuple[int,int], fit:str='stretch')->dict:
@@ -490,10 +510,10 @@ def _packed(pixels:Path, note:Path, manifest:dict)->int:
     "How many crops of a pack are done; 0 if it was made of something else or is damaged"
     try:
         old = json.loads(note.read_text())
-        whole = np.load(pixels, mmap_mode='r').shape==(manifest['crops'], *manifest['size'], 3)
-    except (OSError, ValueError): return 0
-    done = old.pop('done', 0)
-    return done if whole and old==manifest else 0
+        done,there = old.pop('done', 0),np.load(pixels, mmap_mode='r')
+    except (OSError, ValueError, TypeError, AttributeError): return 0
+    whole = there.dtype==np.uint8 and there.shape==(manifest['crops'], *manifest['size'], 3) and old==manifest
+    return done if whole and done in range(manifest['crops']+1) else 0
 
 # %% ../nbs/01_data.ipynb #pack-crops
 def pack_crops(
@@ -504,6 +524,7 @@ def pack_crops(
     fit:str='stretch',        # or 'pad', as in `read_crop`
 )->PackedCrops:  # reads rows of the table
     "Decode all crops once into one memory-mapped file"
+    size = tuple(map(int, size))
     folder,manifest = Path(folder),_pack_manifest(crops, size, fit)
     pixels,note = folder/'crops.npy',folder/'manifest.json'
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -562,12 +583,15 @@ def load_batches(
         ims = images[rows]
         if cpu: return i, rows, change(i, ims)  # which would keep the network waiting; other devices only note it down
         return i, rows, ims.pin_memory() if device.type=='cuda' else ims
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # two, so that the next batch is begun while the last crops of one are decoded
-        while True:
-            waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))
-            if not waiting: return
-            i,rows,ims = waiting.popleft().result()
-            yield rows, ims if cpu else change(i, ims.to(device, non_blocking=True))
+    with ThreadPoolExecutor(2, initializer=_one_thread, initargs=(torch.get_num_threads(),)) as pool:  # two, so that the next batch is begun while the last crops of one are decoded
+        try:
+            while True:
+                waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))
+                if not waiting: return
+                i,rows,ims = waiting.popleft().result()
+                yield rows, ims if cpu else change(i, ims.to(device, non_blocking=True))
+        finally:
+            for w in waiting: w.cancel()  # nobody asks for them any more
 
 # %% ../nbs/01_data.ipynb #augment
 def _room(shape:tuple, device:torch.device)->Tensor:

@@ -22,7 +22,7 @@ def soup_spec(
     "Check that networks can be averaged"
     if not folders: raise ValueError('A soup needs at least one run folder, and none was given')
     specs = {str(f): {**read_spec(f), 'num_pids': None} for f in folders}
-    if len(specs)<len(folders): raise ValueError(f'A run folder stands twice in {", ".join(map(str,folders))}; give each member once')
+    if len({Path(f).resolve() for f in folders})<len(folders): raise ValueError(f'A run folder stands twice in {", ".join(map(str,folders))}; give each member once')
     (first,spec),*others = specs.items()
     for name,s in others:
         if diff := [f'{k} {spec[k]} and {s[k]}' for k in spec if s[k]!=spec[k]]: raise ValueError(f'{first} and {name} cannot be averaged: they differ in {"; ".join(diff)}')
@@ -62,12 +62,15 @@ def uniform_soup(
     "The network whose weights are the mean of the members' (Wortsman et al. 2022)"
     shares = [1/len(folders)]*len(folders) if shares is None and folders else shares
     model = build(soup_spec(folders))
-    if len(shares)!=len(folders) or abs(sum(shares)-1)>1e-6: raise ValueError(f'shares are one for each of the {len(folders)} members and add up to 1, not {shares}')
+    if len(shares)!=len(folders) or not abs(sum(shares)-1)<=1e-6: raise ValueError(f'shares are one for each of the {len(folders)} members and add up to 1, not {shares}')
     for name,w in model.state_dict().items():
         mean = torch.zeros(w.shape, dtype=torch.float64)
-        for share,f in zip(shares, folders): mean.add_(_weight(f, name), alpha=share)
+        for share,f in zip(shares, folders):
+            part = _weight(f, name)
+            if part.shape!=w.shape: raise ValueError(f'{name} of {f} has the shape {tuple(part.shape)}, its network needs {tuple(w.shape)}; train or fetch that run again')
+            mean.add_(part, alpha=share)
         if not mean.isfinite().all(): raise ValueError(f'{name} of {next(f for f in folders if not _weight(f, name).isfinite().all())} is not finite; leave that run out')
-        w.copy_(mean)
+        w.copy_(mean if w.is_floating_point() else mean.round())
     return model.eval()
 
 # %% ../nbs/07_soup.ipynb #update-bn
