@@ -453,6 +453,7 @@ def _pad(im:Tensor, height:int, width:int)->Tensor:
 # %% ../nbs/01_data.ipynb #crop-files
 def _one_thread(usual:int):
     "Let this thread of a pool compute on one core; torch would give that number to all later threads as well, so it is set back"
+    torch.get_num_threads()  # asks for the usual number once, which would else undo the next line
     torch.set_num_threads(1)
     (other := Thread(target=torch.set_num_threads, args=(usual,))).start()
     other.join()
