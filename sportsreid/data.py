@@ -230,6 +230,7 @@ def _kept(file:Path, root:Path, split:str)->pd.DataFrame|None:
         return pd.DataFrame({c: columns[f'{c}:'] if f'{c}:' in columns else text(columns[f'{c}:values'])[columns[f'{c}:codes']] for c in names})
     except (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, BadZipFile): return None
 
+# %% ../nbs/01_data.ipynb #split-table
 def _split_table(root:Path, split:str, cache:str|Path)->pd.DataFrame:
     "The rows of a split, kept or read and checked"
     file = project_root()/Path(cache).expanduser()/f'{split}-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:12]}-checked.npz' if cache else None
@@ -420,7 +421,8 @@ def _check_fit(fit:str):
 # %% ../nbs/01_data.ipynb #read-crop
 def _resize(im:Tensor, height:int, width:int)->Tensor:
     "Bring an image to a size; colours stay side by side in memory"
-    return F.interpolate(im.permute(1,2,0)[None].permute(0,3,1,2), (height,width), mode='bilinear', antialias=True)[0]
+    one = im.permute(1,2,0)[None].permute(0,3,1,2)  # im[None], but its strides tell interpolate that colours come last
+    return F.interpolate(one, (height,width), mode='bilinear', antialias=True)[0]
 
 def read_crop(
     path:str|Path,        # a .png or .jpg
@@ -721,7 +723,6 @@ def normalise(
     out.permute(0,3,1,2).copy_(ims)
     out.view(B,H,W*C).sub_(row(mean)).div_(row(std))
     return out.permute(0,3,1,2)
-
 
 # %% ../nbs/01_data.ipynb #show-crops
 def show_crops(
