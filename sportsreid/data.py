@@ -576,7 +576,7 @@ def load_batches(
     images:CropFiles|PackedCrops,   # where the pixels come from
     batches:Iterable[list[int]],      # row numbers of each batch, e.g. a batch sampler
     device:str|torch.device='cpu',    # where the batch should be
-    ahead:int=4,                      # batches to prepare in advance
+    ahead:int=8,                      # batches to prepare in advance; begun several at a time, when half of them are left
     change:Callable[[int,Tensor],Tensor]=lambda i,ims: ims,  # done to the pixels of batch i, on the device
 )->Iterator[tuple[list[int],Tensor]]:  # row numbers, and on the device (B,3,height,width) uint8 or what `change` makes of it
     "Read batches in the background and hand them out in order"
@@ -589,7 +589,7 @@ def load_batches(
     with ThreadPoolExecutor(2, initializer=_one_thread, initargs=(torch.get_num_threads(),)) as pool:  # two, so that the next batch is begun while the last crops of one are decoded
         try:
             while True:
-                waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))
+                if len(waiting)<=ahead//2: waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))  # each handing over keeps the network waiting
                 if not waiting: return
                 i,rows,ims = waiting.popleft().result()
                 yield rows, ims if cpu else change(i, ims.to(device, non_blocking=True))
@@ -661,7 +661,7 @@ def _erase(x:Tensor, u:Tensor, p:float)->Tensor:
     ys,xs = torch.arange(H, device=dev),torch.arange(W, device=dev)
     inside = lambda at,start,length: (at>=start[:,None]) & (at<(start+length)[:,None])
     hole = inside(ys,top,h)[:,None,:,None] & inside(xs,left,w)[:,None,None,:]
-    some = x[hit]
+    some = x.index_select(0, hit)
     return x.index_copy_(0, hit, torch.where(hole, some.mean((2,3), keepdim=True), some))
 
 # %% ../nbs/01_data.ipynb #far-part
