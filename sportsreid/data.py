@@ -618,9 +618,10 @@ def augment(
     x,B,H = ims,len(ims),ims.shape[2]
     draw = lambda *shape: torch.rand(shape, generator=rng).to(x.device, non_blocking=True)
     if flip:
-        hit = (torch.rand(B, generator=rng)<flip).to(x.device, non_blocking=True)
-        both = torch.cat([o.permute(0,2,3,1) for o in (x, x.flip(-1))])  # colours last, so that images are copied whole
-        x = both.index_select(0, torch.arange(B, device=x.device)+B*hit).permute(0,3,1,2)
+        hit = (torch.rand(B, generator=rng)<flip).nonzero()[:,0]
+        at = torch.arange(B).index_copy_(0, hit, B+torch.arange(len(hit)))  # of each image, its place among all and the mirrored
+        hit,at,x = hit.to(x.device, non_blocking=True),at.to(x.device, non_blocking=True),x.permute(0,2,3,1)  # colours last, so that images are copied whole
+        x = torch.cat([x, x.index_select(0, hit).flip(2)]).index_select(0, at).permute(0,3,1,2)
     if occlude: x = _occlude(x, torch.rand(B, 4, generator=rng), occlude)
     if crop: x = _shift(x, crop*(2*draw(B,2)-1))
     if blur or shrink or jitter or erase: x = _room(x.shape, x.device).copy_(x)  # what follows may change it in place
@@ -719,9 +720,9 @@ def normalise(
     "Scale pixels to what a network expects"
     B,C,H,W = ims.shape
     row = lambda v: torch.cat([torch.full((1,), 255*o, device=ims.device) for o in v]).repeat(W)  # of one image, so that sums run along memory
-    out = _room((B,H,W,C), ims.device)
-    out.permute(0,3,1,2).copy_(ims)
-    out.view(B,H,W*C).sub_(row(mean)).div_(row(std))
+    less,per,out = row(mean),row(std),_room((B,H,W,C), ims.device)
+    few = 8 if ims.device.type=='cpu' else max(1, B)  # a CPU's cache holds a few images from one sum to the next
+    for new,old in zip(out.split(few), ims.permute(0,2,3,1).split(few)): new.copy_(old).view(-1,H,W*C).sub_(less).div_(per)
     return out.permute(0,3,1,2)
 
 # %% ../nbs/01_data.ipynb #show-crops
