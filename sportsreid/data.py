@@ -576,7 +576,7 @@ def load_batches(
     images:CropFiles|PackedCrops,   # where the pixels come from
     batches:Iterable[list[int]],      # row numbers of each batch, e.g. a batch sampler
     device:str|torch.device='cpu',    # where the batch should be
-    ahead:int=8,                      # batches to prepare in advance; begun several at a time, when half of them are left
+    ahead:int=8,                      # batches to prepare in advance, begun several at a time when half of them are left; one more than these is in memory
     change:Callable[[int,Tensor],Tensor]=lambda i,ims: ims,  # done to the pixels of batch i, on the device
 )->Iterator[tuple[list[int],Tensor]]:  # row numbers, and on the device (B,3,height,width) uint8 or what `change` makes of it
     "Read batches in the background and hand them out in order"
@@ -589,7 +589,7 @@ def load_batches(
     with ThreadPoolExecutor(2, initializer=_one_thread, initargs=(torch.get_num_threads(),)) as pool:  # two, so that the next batch is begun while the last crops of one are decoded
         try:
             while True:
-                if len(waiting)<=ahead//2: waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))  # each handing over keeps the network waiting
+                if len(waiting)<=(ahead+1)//2: waiting.extend(pool.submit(read, *b) for b in islice(numbered, ahead+1-len(waiting)))  # each handing over keeps the network waiting
                 if not waiting: return
                 i,rows,ims = waiting.popleft().result()
                 yield rows, ims if cpu else change(i, ims.to(device, non_blocking=True))
@@ -722,7 +722,7 @@ def normalise(
     row = lambda v: torch.cat([torch.full((1,), 255*o, device=ims.device) for o in v]).repeat(W)  # of one image, so that sums run along memory
     less,per,out = row(mean),row(std),_room((B,H,W,C), ims.device)
     few = 8 if ims.device.type=='cpu' else max(1, B)  # a CPU's cache holds a few images from one sum to the next
-    for new,old in zip(out.split(few), ims.permute(0,2,3,1).split(few)): new.copy_(old).view(-1,H,W*C).sub_(less).div_(per)
+    for new,old in zip(out.split(few), ims.permute(0,2,3,1).split(few)): new.copy_(old).view(len(new),H,W*C).sub_(less).div_(per)
     return out.permute(0,3,1,2)
 
 # %% ../nbs/01_data.ipynb #show-crops

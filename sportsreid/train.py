@@ -164,8 +164,7 @@ class Learner:
     )->dict[str,Tensor]:  # the loss and its parts, on the device; an ArithmeticError if the loss is not finite or the features collapsed
         "Follow the gradient of one batch"
         for g,lr in zip(self.optimizer.param_groups, self.peaks): g['lr'] = lr*self.schedule(t)
-        self.model.train()
-        if self.freeze: self.model.backbone.requires_grad_(t>=self.freeze).train(t>=self.freeze)
+        self.model.train().backbone.requires_grad_(t>=self.freeze).train(t>=self.freeze)
         apart = contextlib.nullcontext() if update or not hasattr(self.net, 'no_sync') else self.net.no_sync()
         with apart:  # ranks meet when the step is taken
             with torch.autocast(ims.device.type, torch.bfloat16, enabled=self.bf16): logits,feats = self.net(ims.contiguous(memory_format=self.format))
