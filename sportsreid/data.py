@@ -576,7 +576,7 @@ def load_batches(
     images:CropFiles|PackedCrops,   # where the pixels come from
     batches:Iterable[list[int]],      # row numbers of each batch, e.g. a batch sampler
     device:str|torch.device='cpu',    # where the batch should be
-    ahead:int=8,                      # batches to prepare in advance, begun several at a time when half of them are left; one more than these is in memory
+    ahead:int=4,                      # batches to prepare in advance, begun several at a time when half of them are left; one more than these is in memory
     change:Callable[[int,Tensor],Tensor]=lambda i,ims: ims,  # done to the pixels of batch i, on the device
 )->Iterator[tuple[list[int],Tensor]]:  # row numbers, and on the device (B,3,height,width) uint8 or what `change` makes of it
     "Read batches in the background and hand them out in order"

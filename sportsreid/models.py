@@ -401,7 +401,7 @@ def extract_features(
         if flip and spec['metric']=='cosine': feats = [F.normalize(f) for f in feats]
         return torch.stack(feats).mean(0).cpu()
     rows = [list(range(i, min(i+batch_size, len(images)))) for i in range(0, len(images), batch_size)]
-    for r,ims in progress(load_batches(images, rows, device, ahead=4), f'features of {len(images)} crops, batches of {batch_size}', total=len(rows)):
+    for r,ims in progress(load_batches(images, rows, device), f'features of {len(images)} crops, batches of {batch_size}', total=len(rows)):
         done = 0
         while done<len(ims):
             try: feats = embed(ims[done:done+most])

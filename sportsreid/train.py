@@ -63,7 +63,7 @@ class TrainBatches:
         def change(i, ims):
             rng = torch.Generator().manual_seed(mix_seed(self.seed, epoch, mine[i]))
             return normalise(augment(ims, rng, **self.augmentation), self.spec['mean'], self.spec['std'])
-        for rows,ims in load_batches(self.images, (plan[i] for i in mine), self.device, change=change):
+        for rows,ims in load_batches(self.images, (plan[i] for i in mine), self.device, ahead=8, change=change):
             classes,places = (o if o is None else o[rows].to(self.device, non_blocking=True) for o in (self.classes,self.places))
             yield ims, classes, places
 
