@@ -165,13 +165,15 @@ def readme(box):
 
 
 def docs(box):
-    "nbdev processes the docs, and the site has a page for each notebook"
+    "nbdev processes the docs, and the sidebar lists each page once"
     python('from nbdev.serve import proc_nbs; proc_nbs(force=True)')
     made = {p.stem for p in (ROOT/'_proc').glob('*.ipynb')}
     lost = {p.stem for p in (ROOT/'nbs').glob('[!_.]*.ipynb')}-made
     shutil.rmtree(ROOT/'_proc', ignore_errors=True)
-    if lost:
-        raise Failed(f'no page for {", ".join(sorted(lost))}')
+    listed = re.findall(r'\w+\.ipynb', (ROOT/'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    pages = [p.name for p in (ROOT/'nbs').glob('[!_.]*.ipynb')]
+    if lost or sorted(listed) != sorted(pages):
+        raise Failed(f'no page for {lost or "none"}; the sidebar and nbs/ differ in {sorted({*listed} ^ {*pages})}')
 
 
 def machine_paths(box):
