@@ -29,8 +29,11 @@ def lite(
     c:int,  # channels
 )->nn.Sequential:  # conv1 (1x1), conv2 (depthwise 3x3), bn, relu
     "A 3x3 convolution for little: mix channels, then look around in each"
-    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(c, c, 1, bias=False), conv2=nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False),
-                                     bn=nn.BatchNorm2d(c), relu=nn.ReLU()))
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(c, c, 1, bias=False),
+        conv2=nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False),
+        bn=nn.BatchNorm2d(c),
+        relu=nn.ReLU()))
 
 # %% ../nbs/04a_osnet.ipynb #gate
 def gate(
@@ -107,12 +110,17 @@ class OSNet(nn.Module):
         width:float=1.0,  # share of the channels; a key of `WIDTHS`
     ):
         super().__init__()
-        if width not in WIDTHS: raise ValueError(f'OSNet comes in the widths {", ".join(map(str, WIDTHS))}, not {width!r}')
+        if width not in WIDTHS:
+            raise ValueError(f'OSNet comes in the widths {", ".join(map(str, WIDTHS))}, not {width!r}')
         c1,c2,c3,c4 = WIDTHS[width]
-        self.conv1,self.maxpool = conv_bn(3, c1, k=7, stride=2),nn.MaxPool2d(3, stride=2, padding=1)
-        self.conv2,self.conv3,self.conv4 = stage(c1, c2),stage(c2, c3),stage(c3, c4, halve=False)
+        self.conv1 = conv_bn(3, c1, k=7, stride=2)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.conv2 = stage(c1, c2)
+        self.conv3 = stage(c2, c3)
+        self.conv4 = stage(c3, c4, halve=False)
         self.conv5 = conv_bn(c4, c4)
-        self.num_features,self.grad_checkpointing = c4,False
+        self.num_features = c4
+        self.grad_checkpointing = False
         self.apply(init_conv)
 
     def set_grad_checkpointing(self, enable:bool=True)->None:
@@ -125,5 +133,6 @@ class OSNet(nn.Module):
 
     def forward(self, ims:Tensor)->Tensor:  # (N,3,H,W), normalised, to (N,num_features)
         x = self.maxpool(self.conv1(ims))
-        for part in (self.conv2, self.conv3, self.conv4, self.conv5): x = recompute(part, x) if self.grad_checkpointing else part(x)
+        for part in (self.conv2, self.conv3, self.conv4, self.conv5):
+            x = recompute(part, x) if self.grad_checkpointing else part(x)
         return x.mean((2,3))
