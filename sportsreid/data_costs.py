@@ -19,6 +19,7 @@ from .augment import Flip
 from .data import read_soccernet
 from .evaluate import rank_gallery, score_ranks
 from .images import IMAGENET, CropFiles, PackedCrops, load_batches, normalise, pack_crops
+from .measure import give_back
 
 # %% ../nbs/10b_data_costs.ipynb #league
 N_ACTIONS,N_PIDS = 9189,161_443        # of SoccerNet's training split
@@ -64,6 +65,7 @@ def sample_epoch(
     "Build a sampler, then draw an epoch of batches of 128"
     crops = made_league(size)
     K = 2 if name=='action' else 4
+    give_back()  # what making the table has freed
     yield
     start = time.perf_counter()
     sampler = SAMPLERS[name](crops, 128, K)
