@@ -73,7 +73,8 @@ def compare_ranked(
     "Draw queries and their nearest gallery crops, side by side for several rankings"
     widths = [1., *([.35, *[1.]*n]*len(rankings))]  # the query, then a gap and a list for each ranking
     size = .78*sum(widths),1.75*len(queries)+.3
-    fig,axs = plt.subplots(len(queries), len(widths), figsize=size, width_ratios=widths, squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(len(queries), len(widths), figsize=size, width_ratios=widths, squeeze=False,
+                           layout='constrained')
     for ax in axs[:,1::n+1].flat: ax.axis('off')
     for row,i in zip(axs, queries):
         for k,(name,ranking) in enumerate(rankings.items()):
@@ -81,7 +82,11 @@ def compare_ranked(
             ranks,rows,hits = ranked_hits(ranking, i, n)
             for ax,rank,path,hit in zip(row[2+k*(n+1):], ranks, ranking.gallery['path'].iloc[rows], hits):
                 draw_crop(ax, path, f'{rank+1} ✓' if hit else f'{rank+1}', hit)
-    for k,name in enumerate(rankings): axs[0,2+k*(n+1)+n//2].set_title(f'{name}\n{n//2+1}', fontsize=10)
+    axs[0,0].set_title('\nquery', fontsize=8, pad=2)  # leaves room for the names
+    for k,name in enumerate(rankings):
+        middle = axs[0,2+k*(n+1)+n//2]
+        label = middle.annotate(name, (.5,1.16), xycoords='axes fraction', ha='center', fontsize=11)
+        label.set_in_layout(False)  # it may be wider than its crop
     return fig
 
 # %% ../nbs/06d_figures.ipynb #plot-scores
