@@ -8,11 +8,10 @@ __all__ = ['SPLITS', 'INFO', 'DRAWING', 'season_blocks', 'match_names', 'pick_ma
            'check_whole_numbers', 'simulate_broadcast']
 
 # %% ../nbs/01h_simulate.ipynb #imports
-import json, math, os, shutil
+import importlib.resources, json, math, os, shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
@@ -37,7 +36,8 @@ def match_names(
     split:str,  # train, valid, test or challenge
 )->list[str]:  # league/season/match
     "Names of the real matches of a split"
-    return files('sportsreid').joinpath(f'shipped/matches/{split}.txt').read_text(encoding='utf-8').splitlines()
+    shipped = importlib.resources.files('sportsreid')/'shipped/matches'
+    return (shipped/f'{split}.txt').read_text(encoding='utf-8').splitlines()
 
 # %% ../nbs/01h_simulate.ipynb #pick-matches
 def pick_matches(
