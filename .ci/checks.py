@@ -187,7 +187,7 @@ def machine_paths(box):
 def names(box):
     "ruff finds no undefined or unused name, in the package and in the notebooks"
     run(BIN/'ruff', 'check', '--select', 'F821,F401', 'sportsreid')
-    run(BIN/'ruff', 'check', '--select', 'F401,F811', '--include', '*.ipynb', 'nbs')
+    run(BIN/'ruff', 'check', '--select', 'F401,F811', 'nbs')
 
 
 # ---------------------------------------------------------------- quick: the slow cells and the start
