@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'recipe_path', 'table_path', 'Table', 'read_table', 'read_chain', 'own_table', 'layers', 'Resolved',
-           'resolve', 'show', 'deciding', 'file_hash', 'checkpoint_run', 'find_run']
+           'resolve', 'show', 'deciding', 'file_hash', 'checkpoint_run', 'NoRun', 'find_run']
 
 # %% ../nbs/05d_recipes.ipynb #imports
 import hashlib, re
@@ -180,17 +180,20 @@ def checkpoint_run(
     return f'runs/{arch}-' + re.sub(r'\.(pth|pt|tar)\b', '', Path(checkpoint).name)
 
 # %% ../nbs/05d_recipes.ipynb #find-run
+class NoRun(FileNotFoundError):
+    "There is nothing to evaluate"
+    def _render_traceback_(self): return [str(self)]  # IPython asks an exception how it wants to be shown
+
 def find_run(
     run:str='',  # run folder; '': runs/tiny-s0, else the newest that holds a network
-)->Path:  # its folder; a FileNotFoundError says which command makes one
+)->Path:  # its folder; NoRun says which command makes one
     "The run folder that is meant"
     folder = project_path(run or 'runs/tiny-s0')
     if folder.is_dir(): return folder
     made = sorted(project_path('runs').glob('*/model.json'), key=lambda p: p.stat().st_mtime)
     if made and not run: return made[-1].parent
     option = f' --run {run}' if run else ''
-    train = f'sportsreid_run train{option}'
-    raise FileNotFoundError(f'there is no run folder {short_path(folder)}; train one first: {train}')
+    raise NoRun(f'there is no run folder {short_path(folder)}; train one first: sportsreid_run train --arch tiny{option}')
 
 # %% ../nbs/05d_recipes.ipynb #lent
 __getattr__ = lazy_names(__name__, main='command', is_done='command')  # PEP 562: found when asked for
