@@ -24,7 +24,7 @@ class RunLog:
     "log.jsonl and TensorBoard: a line in one, and a point on each curve of the other"
     def __init__(self,
         folder:str|Path,  # run folder
-        step:int=0,       # steps done before; what was logged after them is taken back
+        step:int=0,       # steps done before; what was logged after them is removed
     ):
         self.folder = Path(folder)
         trim_log(folder, step)
@@ -34,7 +34,7 @@ class RunLog:
         step:int,  # steps done
         **values,  # what to note
     )->None:
-        "Note some numbers"
+        "Log some numbers"
         write_log(self.folder, step=step, **values)
         for name,value in values.items(): self.board.add_scalar(name, value, step)
         self.board.flush()
@@ -88,7 +88,7 @@ def progress_line(
     lr:float,               # learning rate
     speed:dict,             # crops_per_s, memory_gb and left_s, which are seconds
 )->str:
-    "What a run says on its way"
+    "The line that reports a run's progress"
     losses = '  '.join(f'{k} {v:.3f}' for k,v in means.items())
     rate,gb,left = f"{speed['crops_per_s']:,.0f} crops/s", f"{speed['memory_gb']:.1f} GB", clock(speed['left_s'])
     return f'{where}  {losses}  lr {lr:.1e}  {rate}  {gb}  {left} left'
@@ -108,7 +108,7 @@ def run_speed(
 
 # %% ../nbs/05b_checkpoints.ipynb #reporter
 class Reporter:
-    "Average what the steps return, and say it every few seconds"
+    "Average what the steps return, and report it every few seconds"
     every = 5.  # seconds between two lines
 
     def __init__(self, log:RunLog):
@@ -126,7 +126,7 @@ class Reporter:
         parts:dict[str,Tensor],  # the loss and its parts, from the learner's step
         crops:int,               # how many the step saw
     )->None:
-        "Take in one step"
+        "Add the values of one step"
         self.sums = {k: self.sums.get(k, 0)+v for k,v in parts.items()}
         self.n += 1
         self.crops += crops
@@ -141,7 +141,7 @@ class Reporter:
 
 # %% ../nbs/05b_checkpoints.ipynb #progress
 class Progress(NamedTuple):
-    "Where a run stands"
+    "How far a run is, and its best scores"
     epoch:int = 0    # epochs that are done
     batch:int = 0    # batches of the next epoch that are done
     step:int = 0     # batches of the whole run that are done
@@ -188,7 +188,7 @@ def read_state(
 def read_progress(
     folder:str|Path,  # run folder
 )->Progress:  # the start if there is no last.pt
-    "Where the run in a folder stands"
+    "How far the run in a folder is"
     if not (Path(folder)/'last.pt').exists(): return Progress()
     return Progress(**read_state(folder)['progress'])
 
@@ -197,7 +197,7 @@ def load_state(
     folder:str|Path,  # run folder
     learner:Learner,  # where to load it
 )->Progress:  # the start if there is nothing to continue
-    "Bring a learner to where last.pt was written, if there is one"
+    "Put a learner into the state of last.pt, if there is one"
     path = Path(folder)/'last.pt'
     if not path.exists(): return Progress()
     state = read_state(folder, next(learner.model.parameters()).device)
@@ -212,7 +212,7 @@ def validate(
     log:RunLog,         # of the run
     model:ReIDModel,    # what to score
     score:Callable[[ReIDModel],dict],  # network to scores, of which mAP decides
-    at:Progress,        # where the run stands, at the end of an epoch
+    at:Progress,        # how far the run is, at the end of an epoch
 )->Progress:  # with the scores of the weights that are kept
     "Score the network, log it, and keep its weights if their mAP is the highest yet"
     scores = {k: round(v, 6) for k,v in score(model).items()}

@@ -83,7 +83,7 @@ def gather_rows(
 
 # %% ../nbs/05c_devices.ipynb #keep-memory
 def keep_memory()->bool:  # False where the C library cannot be told, as on macOS and Windows
-    "Have this process keep memory that is freed, for the next time"
+    "Keep freed memory in this process instead of returning it to the system"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
     # M_MMAP_THRESHOLD: blocks of less than 1 GB are kept, of less than 32 MB by an older glibc

@@ -260,7 +260,7 @@ def show(self:Ranking,
 
 # %% ../nbs/06a_ranking.ipynb #split-roles
 class Roles(NamedTuple):
-    "A split parted into queries and gallery"
+    "A split separated into queries and gallery"
     q_rows:ndarray     # (Q,) rows of the queries in the whole table
     g_rows:ndarray     # (G,) rows of the gallery
     query:DataFrame    # the queries, with an index from 0
@@ -276,7 +276,7 @@ class Roles(NamedTuple):
 def split_roles(
     crops:DataFrame,  # crop table of a split, with the column `role`
 )->Roles:
-    "Part a split into its queries and its gallery"
+    "Separate a split into its queries and its gallery"
     role = check_column(crops, 'crop', 'role')
     q_rows,g_rows = np.flatnonzero(role=='query'), np.flatnonzero(role=='gallery')
     if not len(q_rows) or not len(g_rows):

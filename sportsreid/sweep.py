@@ -67,7 +67,7 @@ def _spread(crops, n):
 def open_sweep(
     values:dict,  # every setting of `parameters.SOUP`
 )->Sweep:  # a ValueError or FileNotFoundError says what is wrong and what to do
-    "Everything that comes before the first average"
+    "Find the members, and open their data"
     keep_memory()
     folders = find_members(values['runs'], project_root())
     spec,device = soup_spec(folders), pick_device(values['device'])

@@ -155,7 +155,7 @@ def seed_step(
 def stopped_at(
     where:str,  # in words
 )->Iterator[None]:
-    "Say where a run was when a loss or a feature was not usable"
+    "Add the step to the error that a refused loss or feature raises"
     try: yield
     except ArithmeticError as e:
         raise type(e)(f'Stopped at {where}: {e}; the last state is from before it, '
@@ -166,7 +166,7 @@ def run_epoch(
     learner:Learner,       # takes the steps
     batches:TrainBatches,  # of each epoch
     length:RunLength,      # of the run
-    at:Progress,           # where the run stands; its epoch may be done in part
+    at:Progress,           # how far the run is; its epoch may be done in part
     after_step:Callable|None=None,  # (at, n, parts, crops): told where the run stands in the n batches
 )->Progress:  # at the start of the next epoch
     "Take the steps of an epoch that are left"
@@ -278,7 +278,7 @@ def train(
     score:Callable[[ReIDModel],dict]|None=None,  # validation: network to scores; mAP decides; None: keep the last
     valid_every:int=1,       # epochs between two validations
 )->dict:  # scores of the weights that are kept, with their epoch; {} without validation
-    "Train, validate and keep the best weights; goes on where an earlier call stopped"
+    "Train, validate and keep the best weights; continues where an earlier call stopped"
     length = RunLength(epochs, steps, valid_every)
     rank,ranks,meet = group_of(learner)
     with contextlib.ExitStack() as held:
