@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'FEW', 'PROGRAMS', 'OWN', 'EXAMPLES', 'COMMANDS', 'read_words', 'one_word', 'option_kind', 'read_options',
-           'help_text', 'options_text', 'option_line', 'execute', 'run_notebook', 'is_done', 'results_folder',
-           'run_one', 'plan_runs', 'visible_gpus', 'run_several', 'child_environment', 'run_process', 'train',
-           'evaluate', 'soup', 'sweep', 'main']
+           'help_text', 'options_text', 'option_line', 'is_done', 'results_folder', 'run_one', 'plan_runs',
+           'visible_gpus', 'run_several', 'child_environment', 'run_process', 'train', 'evaluate', 'soup', 'sweep',
+           'main']
 
 # %% ../nbs/05f_command.ipynb #imports
-import json, os, queue, subprocess, sys, tempfile
+import json, os, queue, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .core import project_path, this_rank
+from .headless import run_notebook
 from .lines import nearest
 from .parameters import NEEDED, SETTINGS, Setting, check_settings, check_value
 from .recipes import Resolved, checkpoint_run, deciding, file_hash, find_run, recipe_path, resolve, show
@@ -34,7 +35,7 @@ def read_words(
 
 # %% ../nbs/05f_command.ipynb #own-options
 OPTIONS = dict(
-    seeds    = Setting(int, None, 'several: one run for each, in RUN-s<seed>'),
+    seeds    = Setting(int, None, 'several: one run for each, in RUN-s<seed>; of sweep 1 to 5'),
     jobs     = Setting(int, None, 'runs at a time; none: the number of visible GPUs, or 1', '[1,inf)'),
     notebook = Setting(str, '', "the executed notebook; '': beside the results"),
     show     = Setting(bool, False, 'print each setting and where it comes from, and train nothing'),
@@ -69,6 +70,7 @@ def read_options(
 )->tuple[dict,dict]:  # settings of the program, options of the command; a ValueError says what is wrong
     "Split and check a command line"
     found = read_words(words)
+    if found.get('seeds')==[]: raise ValueError('--seeds takes one number or more, such as --seeds 1 2 3')
     seeds = found.pop('seeds', []) if 'seeds' in OWN[command] else []
     values = {k: one_word(k, v, option_kind(command, k)) for k,v in found.items()}
     own = {k: check_value(k, values.pop(k), s) for k,s in OWN[command].items() if k in values}
@@ -110,41 +112,6 @@ def option_line(
     default = {NEEDED: 'from the recipe', None: 'none'}.get(setting.default, repr(setting.default))
     return f'  --{name:<14}{setting.kind.__name__:<6}{words}{setting.help} (default {default})'
 
-# %% ../nbs/05f_command.ipynb #execute
-def execute(
-    path:str|Path,  # the notebook
-    out:str|Path,   # where the executed notebook goes
-    given:dict,     # settings
-)->None:
-    "Run a notebook; of several processes only the first prints and writes"
-    import logging, papermill
-    logging.getLogger('papermill').setLevel(logging.ERROR)  # it warns of settings that are not in the parameters cell
-    rank = this_rank()[0]
-    heard = {} if rank else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
-    with tempfile.TemporaryDirectory() as tmp:
-        papermill.execute_notebook(str(path), f'{tmp}/{rank}.ipynb' if rank else str(out), given, progress_bar=False,
-                                   extra_arguments=['--log-level=ERROR'], **heard)
-
-# %% ../nbs/05f_command.ipynb #run-notebook
-def run_notebook(
-    path:str|Path,  # the notebook
-    out:str|Path,   # where the executed notebook goes
-    given:dict,     # settings
-)->Path:  # the executed notebook; exits with a line that says why it stopped
-    "Execute a recipe with papermill; the notebook of an earlier run is replaced only by one that ends well"
-    from nbclient.exceptions import DeadKernelError
-    from papermill import PapermillExecutionError
-    final = Path(out)
-    out = final.with_name(f'{final.stem}-stopped.ipynb') if final.exists() else final
-    try: out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: sys.exit(f'Cannot write {out} ({e.strerror}); choose another run folder')
-    name = Path(path).stem
-    try: execute(path, out, given)
-    except DeadKernelError: sys.exit(f'{name} was killed, most likely for want of memory; start it again to go on')
-    except PapermillExecutionError as e:
-        sys.exit(f'{name} stopped: {e.ename}: {e.evalue}\n(the notebook up to there: {out})')
-    return out.replace(final) if this_rank()[0]==0 else final
-
 # %% ../nbs/05f_command.ipynb #is-done
 def is_done(
     resolved:Resolved,  # settings of a run
@@ -152,7 +119,9 @@ def is_done(
     "Whether this run is finished"
     folder = project_path(resolved.values['run'])
     if not (folder/'scores.json').exists() or not (folder/'config.json').exists(): return False
-    config = json.loads((folder/'config.json').read_text())
+    try: config = json.loads((folder/'config.json').read_text())
+    except ValueError as e:
+        raise ValueError(f'{folder}/config.json is damaged ({e}); restore it, or delete the run folder') from e
     if config['notes'].get('given', {}).get('data', '')!=resolved.values['data']: return False
     wanted = dict(deciding(resolved), weights=file_hash(resolved.values['weights']))
     if wanted['bf16'] is None: wanted.pop('bf16')  # the device decides
@@ -249,7 +218,9 @@ def train(
 )->list[str]:  # run folders; a ValueError says what is wrong with the words
     "Train one run, or one for each seed"
     given,options = read_options(command, words)
-    runs = plan_runs(given, options['seeds'] or ([1,2,3,4,5] if command=='sweep' else []))
+    seeds = options['seeds'] or ([1,2,3,4,5] if command=='sweep' else [])
+    if command=='sweep' and len(seeds)<2: raise ValueError('a sweep needs two seeds or more; for one run say train')
+    runs = plan_runs(given, seeds)
     notebook = options.get('notebook', '')
     if notebook and len(runs)>1: raise ValueError('--notebook is one file; leave it out with several seeds')
     folders = [resolve(run).values['run'] for run in runs]

@@ -86,7 +86,8 @@ def make_term(
     except TypeError as e:
         takes = ', '.join([*signature.parameters][len(first):]) or 'nothing'
         raise ValueError(f'{what} {term} cannot be made ({e}); {term.name} takes {takes}') from e
-    return make(*first, *term.args, **term.kwargs)
+    try: return make(*first, *term.args, **term.kwargs)
+    except TypeError as e: raise ValueError(f'{what} {term} cannot be made ({e}); check the type of its values') from e
 
 def nearest(
     name:str,             # what somebody wrote

@@ -42,6 +42,9 @@ def make_augmentation(
     "The augmentation that a setting names; the order written is the order done"
     text = PRESETS.get(text, text)
     terms = parse_terms(text) if text else []
+    preset = next((t.name for t in terms if t.name in PRESETS and t.name not in AUGMENTATIONS), None)
+    if preset:
+        raise ValueError(f'{preset} is a preset and stands alone, not in the sum {text!r}; write {PRESETS[preset]}')
     if any(t.weight!=1 for t in terms): raise ValueError(f'an augmentation has no weight: {text!r}')
     return Augmentation(*(make_term(t, AUGMENTATIONS, 'augmentation') for t in terms))
 

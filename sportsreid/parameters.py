@@ -57,7 +57,8 @@ def check_value(
         try: return allowed(value)
         except ValueError as e: raise ValueError(f'{name}: {e}') from e
     if isinstance(allowed, tuple) and value not in allowed:
-        raise ValueError(f'{name} is {" or ".join(allowed)}, not {value!r}{nearest(value, allowed)}')
+        words = ' or '.join(word or "''" for word in allowed)
+        raise ValueError(f'{name} is {words}, not {value!r}{nearest(value, allowed)}')
     if setting.kind in (int,float) and not in_interval(value, allowed):
         raise ValueError(f'{name} lies in {allowed}, and {value} does not')
     return value
@@ -116,10 +117,11 @@ NETWORK = dict(
 
 # %% ../nbs/05d_parameters.ipynb #settings-batches
 BATCHES = dict(
-    train_on     = Setting(str, 'train', 'splits to train on: train, train+valid or train+valid+test'),
+    train_on     = Setting(str, 'train', 'splits to train on: train, train+valid or train+valid+test',
+                           ('train','train+valid','train+valid+test')),
     subset       = Setting(float, 1., 'share of the training actions', '[0,1]'),
     sampler      = Setting(str, NEEDED, 'action, hierarchical, mixed(share=0.5) or random', read_one),
-    batch_size   = Setting(int, NEEDED, 'crops a batch, P x K; of whole actions the most'),
+    batch_size   = Setting(int, NEEDED, 'crops a batch, P x K; of whole actions the most', '[1,inf)'),
     K            = Setting(int, NEEDED, 'crops of a player in a batch', '[1,inf)'),
     augmentation = Setting(str, NEEDED, 'none, flip, paper, strong, or a sum: flip(0.5) + erase(0.25)', read_line),
 )

@@ -53,17 +53,25 @@ class Table(NamedTuple):
     @property
     def name(self)->str: return self.path.stem  # e.g. osnet_x1_0
 
+class _OneOfEach(yaml.SafeLoader):
+    "Refuses a key that stands twice"
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key,_ in node.value]
+        twice = [key for key in keys if keys.count(key)>1]
+        if twice: raise yaml.YAMLError(f'{twice[0]} stands there twice')
+        return super().construct_mapping(node, deep)
+
 def read_table(
     path:Path,  # of a table, from `table_path`
 )->Table:  # a ValueError names the file
     "Read and check one table"
-    try: rows = yaml.safe_load(path.read_text(encoding='utf-8'))
+    try: rows = yaml.load(path.read_text(encoding='utf-8'), _OneOfEach)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f'{path.name} is not readable as YAML ({" ".join(str(e).split())})') from e
     if not rows or not isinstance(rows, dict):
         raise ValueError(f'{path.name} holds no table; write lines like lr: 0.0003')
     for name,value in rows.items():
-        if value is None: raise ValueError(f'{path.name}: {name} is empty; give a value or leave the line out')
+        if value is None or (name,value)==('base',''): raise ValueError(f'{path.name}: {name} is empty; give a value or leave the line out')
         if name in RUN and name!='base':
             raise ValueError(f'{path.name}: {name} belongs to one run and not to a recipe; give it beside the recipe')
     values = check_settings('train', rows, path.name)
@@ -189,11 +197,14 @@ def find_run(
 )->Path:  # its folder; NoRun says which command makes one
     "The run folder that is meant"
     folder = project_path(run or 'runs/tiny-s0')
-    if folder.is_dir(): return folder
+    if (folder/'model.json').is_file(): return folder
     made = sorted(project_path('runs').glob('*/model.json'), key=lambda p: p.stat().st_mtime)
     if made and not run: return made[-1].parent
     option = f' --run {run}' if run else ''
-    raise NoRun(f'there is no run folder {short_path(folder)}; train one first: sportsreid_run train --arch tiny{option}')
+    if (folder/'config.json').is_file():
+        raise NoRun(f'{short_path(folder)} has not been validated yet; go on with the command that began it')
+    raise NoRun(f'there is no run folder {short_path(folder)} with a network; '
+                f'train one first: sportsreid_run train --arch tiny{option}')
 
 # %% ../nbs/05d_recipes.ipynb #lent
 __getattr__ = lazy_names(__name__, main='command', is_done='command')  # PEP 562: found when asked for

@@ -14,7 +14,7 @@ import pandas as pd, torch
 from accelerate import Accelerator, notebook_launcher
 from fastcore.basics import patch
 from torch import nn
-from .core import open_run, project_path, seeded, short_path, this_rank, write_whole
+from .core import first_line, open_run, project_path, seeded, short_path, this_rank, write_whole
 from .checkpoints import read_progress
 from .data import find_data, fingerprint, read_soccernet
 from .devices import free_port, keep_memory, pick_device, start_ranks
@@ -55,7 +55,10 @@ def run_notes(
 )->dict:  # {} where there is no config.json
     "Notes of a run beside its settings: its data folder, its device, who chose which value"
     path = Path(folder)/'config.json'
-    return json.loads(path.read_text())['notes'] if path.exists() else {}
+    if not path.exists(): return {}
+    try: return json.loads(path.read_text())['notes']
+    except (ValueError,KeyError) as e:
+        raise ValueError(f'{path} is damaged ({first_line(e)}); restore it, or delete the run folder') from e
 
 # %% ../nbs/05e_runs.ipynb #check-format
 def check_format(
@@ -127,6 +130,7 @@ class Run:
     tables:dict = field(default_factory=dict)  # split: crop table; train has the splits that are trained on
     sampler:EpochSampler|None = None           # of the training crops
     opened:dict = field(default_factory=dict)  # split: its pixels, once they were asked for
+    hooks:tuple = ()                           # of your own, called after those that the settings ask for
 
     @property
     def values(self)->dict: return self.resolved.values
@@ -176,7 +180,8 @@ def say_run(
 
 # %% ../nbs/05e_runs.ipynb #prepare
 def prepare(
-    given:dict,  # settings that were given, from `given_settings`
+    given:dict,        # settings that were given, from `given_settings`
+    hooks:tuple=(),    # of your own, see `05a_learner`
 )->Run:  # a ValueError, FileNotFoundError or OSError says what is wrong, before the run folder is made
     "Check the settings, read the data, and make network, loss, sampler and folder"
     keep_memory()
@@ -189,7 +194,7 @@ def prepare(
     folder = project_path(values['run'])
     check_format(folder)
     model = None if (folder/'scores.json').exists() else make_network(values)
-    run = Run(resolved, machine, folder, model, make_loss(values['loss'], values['K']))
+    run = Run(resolved, machine, folder, model, make_loss(values['loss'], values['K']), hooks=tuple(hooks))
     with machine.first_alone():
         root,why = open_data(values['data'])
         run.tables = read_tables(values, root)
@@ -217,7 +222,7 @@ def train_rank(
     batches = TrainBatches(*crops, run.sampler, model.spec, augmentation, values['seed'], device)
     optimizer = make_optimizer(values['optimizer'])(model, values['lr'], loss)
     schedule = make_schedule(values['schedule'], values['epochs'])
-    learner = Learner(model, loss, optimizer, schedule, make_hooks(values, run.machine.bf16, ranks))
+    learner = Learner(model, loss, optimizer, schedule, [*make_hooks(values, run.machine.bf16, ranks), *run.hooks])
     score = (lambda model: run.rank(model, 'valid').scores()) if 'valid' in run.tables else None
     train(folder, learner, batches, values['epochs'], values['steps'], score, values['valid_every'])
 
@@ -244,12 +249,15 @@ def train_run(
 def score_run(
     run:Run,  # trained
 )->dict[str,Ranking]:  # split: its ranking by the weights that were kept
-    "Rank the splits that were not trained on, and write scores.json"
+    "Rank the splits that were not trained on, write scores.json, and print the scores"
     rankings = {}
     if run.machine.first:
         model = load_model(run.folder).to(run.machine.device)
         rankings = {split: run.rank(model, split) for split in ('valid','test') if split in run.tables}
         if not (run.folder/'scores.json').exists(): write_scores(run, rankings)
+        for split,ranking in rankings.items():
+            said = ', '.join(f'{name} {100*score:.1f}' for name,score in ranking.scores().items())
+            print(f'{split}: {said}', flush=True)
     if run.machine.ranks: run.machine.ranks.wait_for_everyone()
     return rankings
 

@@ -51,7 +51,7 @@ def open_model(
     if not checkpoint:
         if arch or size:
             raise ValueError(f'arch and size ({arch or size}) say what a checkpoint holds, and none is given; add '
-                             '-p checkpoint FILE, or leave them out: a run folder knows its own')
+                             '--checkpoint FILE (papermill: -p checkpoint FILE), or leave them out')
         folder = find_run(run)
         return load_model(folder), folder
     if not arch:
