@@ -55,13 +55,26 @@ def is_program(value):
     return isinstance(value, str) and value.count('\n') > 8 and ('import ' in value or 'def ' in value)
 
 
+def jpeg_width(data):
+    "Width in pixels: from the first frame header, a segment that begins with FF C0 to FF C3"
+    at = 2
+    while at+9 < len(data):
+        marker, length = data[at+1], struct.unpack('>H', data[at+2:at+4])[0]
+        if 0xC0 <= marker <= 0xC3:
+            return struct.unpack('>H', data[at+7:at+9])[0]
+        at += 2+length
+    return None
+
+
 def picture_width(output):
-    "Width in pixels of a stored PNG, or None"
-    png = output.get('data', {}).get('image/png')
-    if not png:
-        return None
-    data = base64.b64decode(''.join(png))
-    return struct.unpack('>I', data[16:20])[0] if data[:4] == b'\x89PNG' else None
+    "Width in pixels of a stored PNG or JPEG, or None"
+    pictures = output.get('data', {})
+    if png := pictures.get('image/png'):
+        data = base64.b64decode(''.join(png))
+        return struct.unpack('>I', data[16:20])[0] if data[:4] == b'\x89PNG' else None
+    if jpeg := pictures.get('image/jpeg'):
+        return jpeg_width(base64.b64decode(''.join(jpeg)))
+    return None
 
 
 def measure_cell(cell, found):

@@ -37,12 +37,12 @@ def check_pairs(
 
 # %% ../nbs/02a_actions.ipynb #deal-parts
 def deal_parts(
-    rank:np.ndarray,  # how many pids were dealt before
+    turn:np.ndarray,  # how many pids were dealt before
     n:np.ndarray,     # parts to deal to
 )->np.ndarray:  # the part, from 0 to n-1
     "The part that each pid is dealt to, to and fro"
-    turn,part = np.divmod(rank, n)
-    return np.where(turn%2, n-1-part, part)
+    lap,part = np.divmod(turn, n)
+    return np.where(lap%2, n-1-part, part)
 
 # %% ../nbs/02a_actions.ipynb #cut-actions
 def cut_actions(
@@ -55,11 +55,11 @@ def cut_actions(
     n_ids = np.bincount(actions)
     n_parts = -(-np.bincount(actions, sizes).astype(np.int64)//limit)
     order = np.lexsort((rng.random(len(sizes)), -sizes, actions))    # by action, then most crops, then chance
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))-np.repeat(n_ids.cumsum()-n_ids, n_ids)  # position in the own action
+    turn = np.empty_like(order)
+    turn[order] = np.arange(len(order))-np.repeat(n_ids.cumsum()-n_ids, n_ids)  # position in the own action
     while True:
         first_unit = n_parts.cumsum()-n_parts
-        units = first_unit[actions]+deal_parts(rank, n_parts[actions])
+        units = first_unit[actions]+deal_parts(turn, n_parts[actions])
         over = np.bincount(units, sizes)>limit
         if not over.any(): return units
         grow = np.unique(np.repeat(np.arange(len(n_parts)), n_parts)[over])

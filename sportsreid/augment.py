@@ -167,7 +167,7 @@ class Occlude(Change):
         share = 0.15+0.25*draws[hit,3:4]
         h = torch.where(side==2, (share*H).round().long().clamp(min=1), H)
         w = torch.where(side==2, W, (share*W).round().long().clamp(min=1))
-        right = torch.where(side==2, 0, torch.where(side==0, W//2, W//2-W))  # half of him is outside
+        right = torch.where(side==2, 0, torch.where(side==0, W//2, W//2-W))  # half of the other is outside
         hit,other,side,h,w,right = (t.to(device, non_blocking=True) for t in (hit,other,side,h,w,right))
         ys,xs = torch.arange(H, device=device),torch.arange(W, device=device)
         front = take_pixels(ims[other], (ys-(H-h)).clamp(min=0), (xs+right).clamp(0, W-1))

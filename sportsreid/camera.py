@@ -214,7 +214,7 @@ class Actor:
     "A person in a crop"
     person:Person            # who it is
     pose:Pose                # angles
-    view:View                # how he stands to camera and light
+    view:View                # how the person stands to camera and light
     offset:tuple=(0.,0.)     # right and down from the crop's own player, in body heights
 
 # %% ../nbs/01g_camera.ipynb #random-actor
@@ -224,7 +224,7 @@ def random_actor(
     person:Person,   # who it is
     offset:tuple,    # right and down from the crop's own player, in body heights
 )->Actor:  # in any pose, from any side
-    "A person in a pose of his own"
+    "A person in a random pose"
     pose = random_pose(rng)
     return Actor(person, pose, View(rng.uniform(0, 2*math.pi), camera.pitch, camera.light), offset)
 
@@ -262,7 +262,7 @@ def draw_actor(
     origin:np.ndarray,   # (2,) pixel of the ground between the feet of the crop's player
     scale:float,         # body height in pixels
 ):
-    "Draw a person and his shadow on the grass"
+    "Draw a person and the shadow on the grass"
     x,y = origin+scale*np.array(actor.offset)
     middle = x+.1*scale*camera.light
     half = .16*scale

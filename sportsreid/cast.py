@@ -93,7 +93,7 @@ def random_squad(
 def random_keeper(
     rng:Generator,   # source of chance
     avoid:tuple,     # the teams' shirt colours
-)->Person:  # in a plain kit of his own, without gloves yet
+)->Person:  # in a plain kit of its own, without gloves yet
     "A goalkeeper"
     return random_squad(rng, random_kit(rng, avoid, patterned=False), 1)[0]
 
@@ -123,7 +123,7 @@ class Appearance:
     "Somebody who is seen in an action"
     person:Person                                 # who it is
     clazz:str                                     # SoccerNet's class, e.g. 'Player_team_left'
-    frames:list[int]=field(default_factory=list)  # that show him; 0: the action frame, others: replays
+    frames:list[int]=field(default_factory=list)  # that show the person; 0: the action frame, others: replays
 
 # %% ../nbs/01f_cast.ipynb #random-others
 def random_others(

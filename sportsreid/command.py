@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'FEW', 'PROGRAMS', 'OWN', 'EXAMPLES', 'COMMANDS', 'read_words', 'one_word', 'option_kind', 'read_options',
            'help_text', 'options_text', 'option_line', 'is_done', 'results_folder', 'run_one', 'plan_runs',
            'visible_gpus', 'run_several', 'child_environment', 'run_process', 'train', 'evaluate', 'soup', 'sweep',
-           'main']
+           'run_command', 'main']
 
 # %% ../nbs/05f_command.ipynb #imports
 import json, os, queue, subprocess, sys
@@ -258,16 +258,27 @@ def sweep(
 # %% ../nbs/05f_command.ipynb #main
 COMMANDS = dict(train=train, evaluate=evaluate, soup=soup, sweep=sweep)
 
-def main(
-    words:list[str]|None=None,  # command line; None: the program's own
+def run_command(
+    command:str='--help',  # or train, evaluate, soup, sweep
+    *rest:str,             # words after it
 )->None:
-    "sportsreid_run COMMAND --OPTION VALUE ..."
-    command,*rest = (sys.argv[1:] if words is None else words) or ['--help']
+    "Do what a command line says"
     if command in ('--help','-h'): return print(help_text())
     if command not in COMMANDS:
         sys.exit(f'sportsreid_run: there is no command {command!r}{nearest(command, COMMANDS)}; --help lists them')
     if '--help' in rest or '-h' in rest: return print(options_text(command))
-    try: COMMANDS[command](rest)
+    COMMANDS[command](list(rest))
+
+def main(
+    words:list[str]|None=None,  # command line; None: the program's own
+)->None:
+    "sportsreid_run COMMAND --OPTION VALUE ..."
+    try:
+        run_command(*(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        sys.exit(1)
     except (ValueError,FileNotFoundError) as e: sys.exit(f'sportsreid_run: {e}')
     except ModuleNotFoundError as e:
         sys.exit(f"sportsreid_run: {e.name} is not installed; pip install 'sportsreid[train]' brings it")

@@ -17,7 +17,7 @@ def info_nce(
     feats:Tensor,                # (N,D) features, of any length
     pids:Tensor,                 # (N,) pid, or class, of each row; a batch of one pid is a ValueError
     temperature:float|Tensor,    # above 0: what cosines are divided by
-    smoothing:float=0.,          # share of a label spread over the positive and all negatives, 0 to below 1
+    smoothing:float=0.,          # share of the weight spread over the positive and all negatives, 0 to below 1
     ignore:Tensor|None=None,     # (N,M) True for pairs that are neither positive nor negative
     memory:tuple[Tensor,Tensor]|None=None,  # features (R,D), pids (R,) of past batches, columns N to M-1; no gradient
 )->Tensor:  # scalar ≥ 0; 0 in a batch without a positive pair
@@ -118,7 +118,7 @@ class InfoNCE(LossPart):
     name = 'info_nce'
     def __init__(self,
         temperature:float,    # above 0: what cosines are divided by; where it starts, if learnt
-        smoothing:float=0.,   # share of a label spread over the candidates
+        smoothing:float=0.,   # share of the weight spread over the candidates
         mask:str='',          # pairs of two classes left out: 'match' unsure ones, 'action' all of two actions, '' none
         memory:int=0,         # rows of past batches to compare with
         learn:bool=False,     # whether the temperature is learnt; an optimizer has to be given it

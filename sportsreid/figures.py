@@ -61,7 +61,7 @@ def draw_crop(
     "Draw one crop of a ranked list"
     ax.imshow(read_crop(path, (128,64)).permute(1,2,0))
     ax.set(xticks=[], yticks=[])
-    ax.set_title(name, fontsize=8, pad=2)
+    ax.set_title(name, fontsize=10, pad=2)
     ax.spines[:].set(color='green' if hit else 'silver', linewidth=3 if hit else 1)
 
 # %% ../nbs/06d_figures.ipynb #compare-ranked
@@ -82,7 +82,7 @@ def compare_ranked(
             ranks,rows,hits = ranked_hits(ranking, i, n)
             for ax,rank,path,hit in zip(row[2+k*(n+1):], ranks, ranking.gallery['path'].iloc[rows], hits):
                 draw_crop(ax, path, f'{rank+1} ✓' if hit else f'{rank+1}', hit)
-    axs[0,0].set_title('\nquery', fontsize=8, pad=2)  # leaves room for the names
+    axs[0,0].set_title('\nquery', fontsize=10, pad=2)  # leaves room for the names
     for k,name in enumerate(rankings):
         middle = axs[0,2+k*(n+1)+n//2]
         label = middle.annotate(name, (.5,1.16), xycoords='axes fraction', ha='center', fontsize=11)

@@ -159,7 +159,7 @@ TRAIN = {**RUN, **METHOD, **MACHINE}
 # %% ../nbs/05d_parameters.ipynb #settings-evaluate
 SHARED = {k: MACHINE[k] for k in ('packs','n_workers','device')}
 EVALUATE = dict(
-    run         = Setting(str, '', "run folder; '': runs/tiny-s0, else the newest; of a checkpoint runs/<arch>-<its name>"),
+    run         = Setting(str, '', "run folder; '': runs/tiny-s0, else the newest; of a checkpoint runs/<arch>-<file>"),
     checkpoint  = Setting(str, '', 'file of the original or of torchreid to evaluate; needs arch'),
     arch        = Setting(str, '', "the checkpoint's architecture, a name in ARCHS"),
     size        = Setting(str, None, "of the input, where the checkpoint's is not its network's own", read_size),

@@ -55,8 +55,8 @@ class Kit:
 @dataclass(frozen=True)
 class Person:
     "Somebody on the pitch or beside it"
-    look:Look   # his own
-    kit:Kit     # his team's
+    look:Look   # the person's own
+    kit:Kit     # the team's
 
 # %% ../nbs/01e_person.ipynb #draw-leg
 def draw_leg(
@@ -283,7 +283,7 @@ def draw_person(
     image:Image.Image,   # what to draw on
     person:Person,       # look and kit
     pose:Pose,           # angles
-    view:View,           # how he stands to camera and light
+    view:View,           # how the person stands to camera and light
     at:tuple,            # pixel of the ground between the feet
     scale:float,         # body height in pixels
 ):

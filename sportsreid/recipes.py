@@ -43,6 +43,15 @@ def table_path(
     there = f'there are {", ".join(known)}, or give a file that ends in .yaml'
     raise FileNotFoundError(f'there is no recipe {name}{nearest(name, known)}; {there}')
 
+# %% ../nbs/05d_recipes.ipynb #one-of-each
+class _OneOfEach(yaml.SafeLoader):
+    "Refuses a key that stands twice"
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key,_ in node.value]
+        twice = [key for key in keys if keys.count(key)>1]
+        if twice: raise yaml.YAMLError(f'{twice[0]} stands there twice')
+        return super().construct_mapping(node, deep)
+
 # %% ../nbs/05d_recipes.ipynb #read-table
 class Table(NamedTuple):
     "A table of settings"
@@ -52,14 +61,6 @@ class Table(NamedTuple):
 
     @property
     def name(self)->str: return self.path.stem  # e.g. osnet_x1_0
-
-class _OneOfEach(yaml.SafeLoader):
-    "Refuses a key that stands twice"
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key,_ in node.value]
-        twice = [key for key in keys if keys.count(key)>1]
-        if twice: raise yaml.YAMLError(f'{twice[0]} stands there twice')
-        return super().construct_mapping(node, deep)
 
 def read_table(
     path:Path,  # of a table, from `table_path`
@@ -71,7 +72,8 @@ def read_table(
     if not rows or not isinstance(rows, dict):
         raise ValueError(f'{path.name} holds no table; write lines like lr: 0.0003')
     for name,value in rows.items():
-        if value is None or (name,value)==('base',''): raise ValueError(f'{path.name}: {name} is empty; give a value or leave the line out')
+        if value is None or (name,value)==('base',''):
+            raise ValueError(f'{path.name}: {name} is empty; give a value or leave the line out')
         if name in RUN and name!='base':
             raise ValueError(f'{path.name}: {name} belongs to one run and not to a recipe; give it beside the recipe')
     values = check_settings('train', rows, path.name)

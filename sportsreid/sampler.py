@@ -14,9 +14,6 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .core import lazy_names
 from .data import name_rows
 
-# %% ../nbs/02_sampler.ipynb #old-names
-__getattr__ = lazy_names(__name__, ActionSampler='actions', MixedSampler='actions')
-
 # %% ../nbs/02_sampler.ipynb #levels
 LEVELS = {  # level: what two pids have in common
     'same action': ('action',),
@@ -318,3 +315,6 @@ class HierarchicalSampler(RandomIdentitySampler):
 
     def coverage(self)->dict: return super().coverage() | {'off': self.off}
     def __repr__(self): return super().__repr__() + (f' without: {", ".join(self.off)}' if self.off else '')
+
+# %% ../nbs/02_sampler.ipynb #old-names
+__getattr__ = lazy_names(__name__, ActionSampler='actions', MixedSampler='actions')

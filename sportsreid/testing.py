@@ -233,7 +233,7 @@ def train_beginner(
     from sportsreid.sampler import HierarchicalSampler
     with seeded(0): model = create_model('tiny')
     pairs = crops[crops.pid.duplicated(keep=False)]
-    ims,pids = images[pairs.index.to_numpy()], torch.tensor(pairs.pid.to_numpy())
+    ims,pids = images[pairs.index.to_numpy(copy=True)], torch.tensor(pairs.pid.to_numpy())
     optimizer,sampler = torch.optim.Adam(model.parameters(), lr=lr), HierarchicalSampler(pairs, 32, K=2)
     done = 0
     while done<steps:

@@ -8,6 +8,7 @@ __all__ = ['our_name', 'read_weights', 'weight_faults', 'start_from', 'spec_sour
 
 # %% ../nbs/04b_weights.ipynb #imports
 import _codecs, json, re, sys
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 import huggingface_hub, numpy as np, timm, torch
@@ -238,12 +239,17 @@ def shipped_model(
     return top/name
 
 # %% ../nbs/04b_weights.ipynb #fitting
+@cache
+def _published_shapes(arch:str, size:tuple[int,int]|None)->dict[str,Tensor]:
+    "The weights of a network by name, as shapes without numbers"
+    with torch.device('meta'): return build(make_spec(arch, size=size)).state_dict()
+
 def _fitting(have:dict[str,Tensor], size:tuple[int,int]|None)->str:
     "Which rows of `ARCHS` a checkpoint's weights would fit"
     for arch in ARCHS:
         if arch=='tiny': continue
-        with torch.device('meta'): model = build(make_spec(arch, size=size))  # shapes without numbers
-        if not weight_faults(model.state_dict(), have): return f'Without a classifier it fits arch {arch}'
+        want = _published_shapes(arch, tuple(size) if size else None)
+        if not weight_faults(want, have): return f'Without a classifier it fits arch {arch}'
     return ('It fits no other row of ARCHS either; fetch the file again, '
             'or give size= where it was trained at another one')
 
