@@ -1,23 +1,41 @@
 "Everything about the package stands in settings.ini; this passes it on to setuptools."
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import find_packages, setup
+
+from setuptools import setup
 
 here = Path(__file__).parent
 ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
+name = cfg['lib_name']
+extras = {extra: cfg[f'{extra}_requirements'].split() for extra in ('train', 'soccernet', 'dev')}
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], license='MIT', url=cfg['git_url'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else cfg['description'],
+    name=name,
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_name'], cfg['lib_name']+'.*']), include_package_data=True,
+    keywords=cfg['keywords'],
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    license='MIT',
+    url=cfg['git_url'],
+    # The recipes and their tables travel with the package, so that an installed wheel runs them without a checkout.
+    packages=[name, f'{name}._nbs'],
+    package_dir={name: name, f'{name}._nbs': 'nbs'},
+    package_data={name: ['shipped/*/*'], f'{name}._nbs': ['05_train.ipynb', '06_evaluate.ipynb', '07_soup.ipynb', 'recipes/*.yaml']},
+    include_package_data=False,
     python_requires='>='+cfg['min_python'],
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(),
-                  'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Natural Language :: English',
-                 *(f'Programming Language :: Python :: 3.{v}' for v in (10,11,12))],
-    zip_safe=False)
+    install_requires=cfg['requirements'].split(),
+    extras_require=extras,
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{name}={name}._modidx:d']},
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Science/Research',
+        'Natural Language :: English',
+        *(f'Programming Language :: Python :: 3.{v}' for v in (10, 11, 12)),
+    ],
+    zip_safe=False,
+)

@@ -28,7 +28,9 @@ def from_root(
     names:set=(),  # files in nbs/ that are yet to be written
 )->str:  # the same with links that start at the root
     "Let links to files beside the notebook work in the README"
-    def fix(m): return f'](nbs/{m[1]}' if m[1] in names or (nbs/m[1]).is_file() else m[0]
+    def fix(m):
+        if m[1] in names or not m[1].startswith('../') and (nbs/m[1]).is_file(): return f'](nbs/{m[1]}'
+        return f']({m[1][3:]}' if m[1].startswith('../') else m[0]
     return re.sub(r'\]\(([^)\s#:]+)', fix, md)
 
 def render()->dict[Path,bytes]:  # content of each file
