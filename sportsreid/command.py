@@ -35,7 +35,7 @@ def read_words(
 
 # %% ../nbs/05f_command.ipynb #own-options
 OPTIONS = dict(
-    seeds    = Setting(int, None, 'several: one run for each, in RUN-s<seed>; of sweep 1 to 5'),
+    seeds    = Setting(int, None, 'several: one run for each, in RUN-s<seed>; sweep: 1 2 3 4 5 if none is given'),
     jobs     = Setting(int, None, 'runs at a time; none: the number of visible GPUs, or 1', '[1,inf)'),
     notebook = Setting(str, '', "the executed notebook; '': beside the results"),
     show     = Setting(bool, False, 'print each setting and where it comes from, and train nothing'),

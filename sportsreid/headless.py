@@ -50,8 +50,8 @@ def kept(
     final:Path,  # where the notebook would have gone
 )->str:
     "What an interrupted command leaves"
-    begun = (final.parent/'last.pt').exists()
-    return f'the same command goes on from {final.parent}/last.pt' if begun else 'nothing was kept'
+    begun = final.stem=='train' and (final.parent/'last.pt').exists()
+    return f'the same command goes on from {final.parent}/last.pt' if begun else 'start the same command again'
 
 # %% ../nbs/05e_headless.ipynb #run-notebook
 def run_notebook(

@@ -117,7 +117,7 @@ NETWORK = dict(
 
 # %% ../nbs/05d_parameters.ipynb #settings-batches
 BATCHES = dict(
-    train_on     = Setting(str, 'train', 'splits to train on: train, train+valid or train+valid+test',
+    train_on     = Setting(str, 'train', 'splits to train on',
                            ('train','train+valid','train+valid+test')),
     subset       = Setting(float, 1., 'share of the training actions', '[0,1]'),
     sampler      = Setting(str, NEEDED, 'action, hierarchical, mixed(share=0.5) or random', read_one),
