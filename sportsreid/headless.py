@@ -8,7 +8,7 @@ __all__ = ['execute', 'keep_notebook', 'keep_stopped', 'kept', 'run_notebook']
 # %% ../nbs/05e_headless.ipynb #imports
 import shutil, sys, tempfile
 from pathlib import Path
-from .core import this_rank
+from .core import this_rank, write_whole
 
 # %% ../nbs/05e_headless.ipynb #execute
 def execute(
@@ -34,9 +34,9 @@ def keep_notebook(
     if this_rank()[0] or not made.exists(): return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made, final.with_suffix('.tmp'))
-        return final.with_suffix('.tmp').replace(final)
+        with write_whole(final) as tmp: shutil.copyfile(made, tmp)
     except OSError as e: sys.exit(f'Cannot write {final} ({e.strerror}); choose another folder with --notebook')
+    return final
 
 def keep_stopped(
     made:Path,   # a notebook that stopped
