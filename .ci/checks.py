@@ -331,6 +331,12 @@ def ranks(box):
     run(BIN/'nbdev_test', '--path', 'nbs/05c_devices.ipynb', '--flags', 'slow', '--n_workers', '1')
 
 
+def tour(box):
+    "The tour and the README's example run from top to bottom, training included"
+    for page in ('00_tour', 'index'):
+        recipe(box/'tour', page)
+
+
 def wheel(box):
     "An installed wheel runs the recipes and the shipped weights without the repository"
     run(BIN/'python', '-m', 'pip', '-q', 'wheel', '--no-deps', '-w', box/'wheel', ROOT)
@@ -355,7 +361,8 @@ def benchmark(box):
 JOBS = {
     'quick': [readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
               machine_paths, names, light],
-    'end-to-end': [broadcast, sweep, program, again, evaluate, published, unknown, killed, ranks, wheel, benchmark, parity],
+    'end-to-end': [broadcast, sweep, program, again, evaluate, published, unknown, killed, ranks, tour, wheel,
+                   benchmark, parity],
 }
 
 
