@@ -10,9 +10,9 @@ import re, warnings
 import numpy as np, pandas as pd
 
 # %% ../nbs/00d_names.ipynb #name-patterns
-CROP_NAME = re.compile(r'(?P<bbox>\d+)-(?P<action>\d+)-(?P<pid>\d+)-(?P<frame>\d+)-(?P<person>[^-]+)-(?P<jersey>[^-]*)'
-                       r'-[^-]+-(?P<height>\d+)x(?P<width>\d+)\.\w+')
-CHALLENGE_NAME = re.compile(r'(?P<bbox>\d+)-(?P<action>\d+)-(?P<height>\d+)x(?P<width>\d+)\.\w+')
+CROP_NAME = re.compile(r'(?P<bbox>\d{1,15})-(?P<action>\d{1,15})-(?P<pid>\d{1,15})-(?P<frame>\d{1,15})-(?P<person>[^-]+)-(?P<jersey>[^-]*)'
+                       r'-[^-]+-(?P<height>\d{1,15})x(?P<width>\d{1,15})\.\w+')
+CHALLENGE_NAME = re.compile(r'(?P<bbox>\d{1,15})-(?P<action>\d{1,15})-(?P<height>\d{1,15})x(?P<width>\d{1,15})\.\w+')
 
 # %% ../nbs/00d_names.ipynb #parse-names
 def parse_names(

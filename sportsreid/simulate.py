@@ -18,7 +18,7 @@ from pathlib import Path
 from numpy.random import Generator, default_rng
 from .camera import draw_crop, noise_tiles, random_camera
 from .cast import plan_action, random_cast
-from .core import progress
+from .core import left_over, progress, temporary_path
 from .figure import choose
 from .person import Person
 
@@ -234,9 +234,10 @@ def simulate_broadcast(
     if not any(counts.values()):
         raise ValueError('A simulated broadcast needs an action in at least one split; all counts are 0')
     want = {**counts, 'seed':seed, 'drawing':DRAWING, 'league':league}
-    unfinished = root.with_name(f'.{root.name}.{os.getpid()}.tmp')
+    unfinished = temporary_path(root)
     try:
         if is_finished(root, want): return root
+        for left in (*left_over(root), unfinished): shutil.rmtree(left, ignore_errors=True)  # of killed processes
         unfinished.mkdir(parents=True)
         crops = {split: write_split(unfinished, split, n, seed, n_workers, league) for split,n in counts.items() if n}
         (unfinished/'simulated.json').write_text(json.dumps({**want, 'crops':crops}, indent=1))

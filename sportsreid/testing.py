@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['made_table', 'MadeCrops', 'photo', 'drawing', 'simulated_crops', 'draw_links', 'season_table', 'small_table',
-           'write_crops', 'ranking_problem', 'made_actions', 'train_beginner']
+           'write_crops', 'file_limit', 'locked', 'ranking_problem', 'made_actions', 'train_beginner']
 
 # %% ../nbs/00b_testing.ipynb #imports
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
-import IPython.display, matplotlib.pyplot as plt, numpy as np, pandas as pd, PIL.Image, torch
+import IPython.display, os, matplotlib.pyplot as plt, numpy as np, pandas as pd, PIL.Image, torch
 from torch import Tensor
 from .core import lazy_names
 
@@ -164,6 +164,32 @@ def write_crops(
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(images[[row]][0].permute(1,2,0).numpy()).save(path)
     return crops.assign(path=[p.as_posix() for p in paths])
+
+# %% ../nbs/00b_testing.ipynb #file-limit
+@contextmanager
+def file_limit(
+    most:int,  # bytes that a file may have
+)->Iterator[None]:
+    "Play a full disk: inside the block no file can grow beyond a size"
+    import resource  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most,before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+# %% ../nbs/00b_testing.ipynb #locked
+@contextmanager
+def locked(
+    path:Path,  # file or folder
+)->Iterator[None]:
+    "Inside the block nobody may read it, the superuser neither"
+    rights,root = path.stat().st_mode,os.geteuid()==0
+    path.chmod(0)
+    if root: os.seteuid(65534)
+    try: yield
+    finally:
+        if root: os.seteuid(0)
+        path.chmod(rights)
 
 # %% ../nbs/00b_testing.ipynb #ranking-problem
 def _random_crops(pids, rng, players):
