@@ -230,6 +230,9 @@ def make_backbone(
         if spec['timm']: return timm.create_model(spec['timm'], **{'num_classes': 0, **given}, **kwargs)
         return ARCHS[arch]['backbone'](**given)
     except TypeError as e: raise ValueError(f'{arch} does not take {given} ({first_line(e)}); leave that out') from e
+    except AssertionError as e:  # in this way timm refuses an input size
+        raise ValueError(f'{arch} cannot be built for an input of {spec["size"]} ({first_line(e)}); '
+                         'take another size') from e
 
 # %% ../nbs/04_models.ipynb #build
 def build(
@@ -239,6 +242,7 @@ def build(
     "Build the network that a spec describes"
     if backbone is None: backbone = make_backbone(spec)
     patch = getattr(getattr(backbone, 'patch_embed', None), 'patch_size', None) or (1,1)
+    if isinstance(patch, int): patch = (patch,patch)
     if any(s%p for s,p in zip(spec['size'], patch)):
         raise ValueError(f"size {spec['size']} does not fit {spec['arch']}, which cuts its input into "
                          f"patches of {'x'.join(map(str, patch))}; take multiples of them")
@@ -284,4 +288,4 @@ def tower_table()->pd.DataFrame:  # a row for each tower, without new layers; mi
 
 # %% ../nbs/04_models.ipynb #lazy-names
 __getattr__ = lazy_names(__name__, create_model='weights', load_published='weights', save_model='weights',
-                         load_model='weights', read_spec='weights', read_weights='weights', extract_features='features')
+                         load_model='weights', read_spec='spec', read_weights='weights', extract_features='features')

@@ -124,7 +124,7 @@ class OSNet(nn.Module):
         self.apply(init_conv)
 
     def set_grad_checkpointing(self, enable:bool=True)->None:
-        "Compute conv2 to conv5 again in the backward pass instead of keeping what is inside"
+        "Compute each block of conv2 to conv5 again in the backward pass instead of keeping what is inside"
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse:bool=False)->dict:  # patterns of names, as timm's layer-wise decay reads them
@@ -133,6 +133,6 @@ class OSNet(nn.Module):
 
     def forward(self, ims:Tensor)->Tensor:  # (N,3,H,W), normalised, to (N,num_features)
         x = self.maxpool(self.conv1(ims))
-        for part in (self.conv2, self.conv3, self.conv4, self.conv5):
+        for part in (*self.conv2, *self.conv3, *self.conv4, self.conv5):
             x = recompute(part, x) if self.grad_checkpointing else part(x)
         return x.mean((2,3))

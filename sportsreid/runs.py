@@ -24,6 +24,7 @@ from .learner import Learner
 from .losses import LossSum
 from .make import make_augmentation, make_hooks, make_loss, make_network, make_optimizer
 from .make import make_sampler, make_schedule
+from .memory import memory_note
 from .models import ReIDModel
 from .recipes import Resolved, deciding, file_hash, resolve
 from .sampler import EpochSampler
@@ -172,6 +173,9 @@ def say_run(
 )->None:
     "Print what will be trained on"
     crops,values = run.tables['train'],run.values
+    on_cpu = run.model and run.machine.device.type=='cpu'
+    note = memory_note(run.model, values['batch_size']) if on_cpu else ''
+    if note: print(note)
     if values['accumulate']>1:
         print(f'NOTE: {values["accumulate"]} batches share a step, but all losses except cross entropy see '
               f'{values["batch_size"]} crops at a time; a larger batch_size with checkpointing may be better')
