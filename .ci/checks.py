@@ -326,6 +326,11 @@ def killed(box):
             raise Failed(f'{name} is not that of the uninterrupted run')
 
 
+def faults(box):
+    "A run that is killed at random, in the middle of a write, interrupted, and left without room ends like its twin"
+    run(BIN/'python', '.ci/faults.py', '--random', 1, '--chosen', 1, '--signals', 1, '--disk', 1, quiet=False)
+
+
 def ranks(box):
     "The recipe trains one network on two processes"
     run(BIN/'nbdev_test', '--path', 'nbs/05c_devices.ipynb', '--flags', 'slow', '--n_workers', '1')
@@ -361,8 +366,8 @@ def benchmark(box):
 JOBS = {
     'quick': [readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
               machine_paths, names, light],
-    'end-to-end': [broadcast, sweep, program, again, evaluate, published, unknown, killed, ranks, tour, wheel,
-                   benchmark, parity],
+    'end-to-end': [broadcast, sweep, program, again, evaluate, published, unknown, killed, faults, ranks, tour,
+                   wheel, benchmark, parity],
 }
 
 

@@ -20,6 +20,8 @@ def check_pairs(
     singles:str='skip',  # pids with one crop: 'skip' or 'negative'
 )->int:  # pids with two crops or more
     "Check that a table can fill batches of whole actions"
+    if not all(isinstance(n, (int,np.integer)) for n in (K,batch_size)):
+        raise ValueError(f'K={K!r} and batch_size={batch_size!r} count crops; give whole numbers')
     if K<2: raise ValueError(f'K={K} leaves no pid a pair; whole actions need K of 2 or more')
     if batch_size<2*K:
         raise ValueError(f'A batch of {batch_size} crops cannot hold two pids with K={K}; '
@@ -186,8 +188,8 @@ class MixedSampler(EpochSampler):
         share:float=0.5,     # of the batches that are hierarchical, from 0 to below 1
         singles:str='skip',  # pids with one crop, in the batches of whole actions
     ):
-        if not 0<=share<1:
-            raise ValueError(f'share={share}, but the hierarchical share of the batches goes from 0 to below 1; '
+        if not (isinstance(share, (int,float)) and 0<=share<1):
+            raise ValueError(f'share={share!r}, but the hierarchical share of the batches goes from 0 to below 1; '
                              'for 1 use HierarchicalSampler')
         self.K,self.share = K,share
         self.whole = ActionSampler(crops, batch_size, K, seed, singles)

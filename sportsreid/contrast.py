@@ -9,6 +9,7 @@ __all__ = ['LOSSES', 'info_nce', 'FeatureMemory', 'Temperature', 'InfoNCE']
 import math, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from .checks import check_smoothing, is_count, is_number
 from .losses import Batch, Centroid, CrossEntropy, LossPart, Triplet, TripletCentroid
 from .losses import check_feats, check_mask, drop_pairs, masked_pairs, unit_length
 
@@ -23,9 +24,9 @@ def info_nce(
 )->Tensor:  # scalar ≥ 0; 0 in a batch without a positive pair
     "Cross entropy of each crop's positives against its negatives, by cosine (supervised InfoNCE)"
     check_feats(feats, pids)
-    if not isinstance(temperature, Tensor) and not temperature>0:
-        raise ValueError(f'temperature divides, so it is above 0, not {temperature}')
-    if not 0<=smoothing<1: raise ValueError(f'smoothing is a share, 0 to below 1, not {smoothing}')
+    if not isinstance(temperature, Tensor) and not (is_number(temperature) and temperature>0):
+        raise ValueError(f'temperature divides, so it is above 0, not {temperature!r}')
+    check_smoothing(smoothing)
     x = unit_length(feats)
     others,o_pids = x,pids
     if memory is not None:
@@ -52,7 +53,7 @@ class FeatureMemory(nn.Module):
         size:int,  # most rows to keep
     ):
         super().__init__()
-        if size<1: raise ValueError(f'A memory holds 1 row or more, not {size}')
+        if not is_count(size): raise ValueError(f'A memory holds 1 row or more, not {size!r}')
         self.size = size
         for name in self.fields: self.register_buffer(name, None, persistent=False)  # the extra state carries them
 
@@ -102,8 +103,9 @@ class Temperature(nn.Module):
         learn:bool=False,  # whether it is a parameter; an optimizer has to be given it, without weight decay
     ):
         super().__init__()
-        if not start>=(0.01 if learn else 1e-6):
-            raise ValueError(f'temperature is above 0, and 0.01 or more to be learnt, not {start}')
+        if not isinstance(learn, bool): raise ValueError(f'learn is True or False, not {learn!r}')
+        if not (is_number(start) and start>=(0.01 if learn else 1e-6)):
+            raise ValueError(f'temperature is above 0, and 0.01 or more to be learnt, not {start!r}')
         self.start = start
         self.log_scale = nn.Parameter(torch.tensor(-math.log(start))) if learn else None
 
@@ -124,10 +126,10 @@ class InfoNCE(LossPart):
         learn:bool=False,     # whether the temperature is learnt; an optimizer has to be given it
     ):
         super().__init__()
-        if not 0<=smoothing<1: raise ValueError(f'smoothing is a share, 0 to below 1, not {smoothing}')
-        if memory<0: raise ValueError(f'memory counts rows, so it is 0 or more, not {memory}')
-        self.temperature,self.smoothing,self.memory,self.learn = temperature,smoothing,memory,learn
-        self.mask = check_mask(mask)
+        if not is_count(memory, least=0):
+            raise ValueError(f'memory counts rows, so it is 0 or more, not {memory!r}')
+        self.temperature,self.memory,self.learn = temperature,memory,learn
+        self.smoothing,self.mask = check_smoothing(smoothing),check_mask(mask)
         self.tau = Temperature(temperature, learn)
         self.past = FeatureMemory(memory) if memory else None
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from fastcore.basics import patch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from .checks import is_count, is_number
 from .losses import Batch, as_sum, distances
 from .optim import Constant
 
@@ -46,6 +47,34 @@ class Learner:
     @property
     def lr(self)->float: return self.optimizer.param_groups[-1]['lr']  # learning rate of the new layers now
 
+# %% ../nbs/05a_learner.ipynb #learner-parts
+@patch
+def gradient(self:Learner)->None:
+    "Add the gradient of `self.batch` to those of the weights"
+    self.call('before_forward')
+    with contextlib.ExitStack() as around:
+        for context in self.call('around_forward'): around.enter_context(context)
+        self.out = self.net(self.batch.images, with_logits=True)
+    self.call('after_forward')
+    self.total,self.parts = self.loss(self.out.feats, self.batch, self.out.logits)
+    (self.share*self.total).backward()
+    self.call('after_backward')
+
+@patch
+def update(self:Learner)->None:
+    "Follow the gradient that has been gathered"
+    self.call('before_update')
+    self.optimizer.step()
+    self.optimizer.zero_grad()
+    self.updates += 1
+    self.call('after_update')
+
+@patch
+def forget(self:Learner)->None:
+    "Drop what a step or an update that did not end has left"
+    self.optimizer.zero_grad()
+    self.call('after_failure')
+
 # %% ../nbs/05a_learner.ipynb #learner-step
 @patch
 def step(self:Learner,
@@ -59,21 +88,13 @@ def step(self:Learner,
     self.complete = True  # whether this batch ends with such an update
     for group,peak in zip(self.optimizer.param_groups, self.peaks): group['lr'] = peak*self.schedule(t)
     self.model.train()
-    self.call('before_step')
-    self.call('before_forward')
-    with contextlib.ExitStack() as around:
-        for context in self.call('around_forward'): around.enter_context(context)
-        self.out = self.net(self.batch.images, with_logits=True)
-    self.call('after_forward')
-    self.total,self.parts = self.loss(self.out.feats, self.batch, self.out.logits)
-    (self.share*self.total).backward()
-    self.call('after_backward')
-    if self.complete:
-        self.call('before_update')
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.updates += 1
-        self.call('after_update')
+    try:
+        self.call('before_step')
+        self.gradient()
+        if self.complete: self.update()
+    except BaseException:  # the next step must not find half of this one, whatever stopped it
+        self.forget()
+        raise
     return {k: v.detach() for k,v in dict(loss=self.total, **self.parts).items()}
 
 # %% ../nbs/05a_learner.ipynb #freeze
@@ -82,8 +103,9 @@ class Freeze:
     def __init__(self,
         share:float,  # of the run, 0 to 1
     ):
-        if not 0<=share<=1: raise ValueError(f'Freeze takes a share of the run, 0 to 1, not {share}')
-        self.share = share
+        if not (is_number(share) and 0<=share<=1):
+            raise ValueError(f'Freeze takes a share of the run, 0 to 1, not {share!r}')
+        self.share,self.frozen = share,[]
 
     def before_step(self, learner:Learner)->None:
         self.frozen = []
@@ -95,13 +117,15 @@ class Freeze:
     def after_backward(self, learner:Learner)->None:
         for p in self.frozen: p.requires_grad_(True)
 
+    after_failure = after_backward
+
 # %% ../nbs/05a_learner.ipynb #clip
 class Clip:
     "Shorten long gradients"
     def __init__(self,
         length:float,  # longest gradient of the network, above 0
     ):
-        if not length>0: raise ValueError(f'Clip takes a length above 0, not {length}')
+        if not (is_number(length) and length>0): raise ValueError(f'Clip takes a length above 0, not {length!r}')
         self.length = length
 
     def before_update(self, learner:Learner)->None: nn.utils.clip_grad_norm_(learner.model.parameters(), self.length)
@@ -112,7 +136,7 @@ class EMA:
     def __init__(self,
         decay:float,  # of the average, e.g. 0.999, above 0 and below 1
     ):
-        if not 0<decay<1: raise ValueError(f'decay is above 0 and below 1, not {decay}')
+        if not (is_number(decay) and 0<decay<1): raise ValueError(f'decay is above 0 and below 1, not {decay!r}')
         self.decay = decay
 
     def setup(self, learner:Learner)->None:
@@ -135,7 +159,8 @@ class Accumulate:
     def __init__(self,
         batches:int,  # in an update, 1 or more
     ):
-        if batches<1: raise ValueError(f'Accumulate counts batches, so it takes 1 or more, not {batches}')
+        if not is_count(batches):
+            raise ValueError(f'Accumulate counts batches, so it takes 1 or more, not {batches!r}')
         self.batches,self.done = batches,0
 
     def before_step(self, learner:Learner)->None:
@@ -144,6 +169,8 @@ class Accumulate:
         learner.share = 1/self.group
         learner.complete = self.done==self.group
         if learner.complete: self.done = 0
+
+    def after_failure(self, learner:Learner)->None: self.done = 0
 
 # %% ../nbs/05a_learner.ipynb #all-alike
 @torch.no_grad()
@@ -162,17 +189,22 @@ def all_alike(
 
 # %% ../nbs/05a_learner.ipynb #collapse
 class StopAtCollapse:
-    "Stop at a loss that is not finite, or where features have collapsed"
+    "Stop at a loss or a gradient that is not finite, or where features have collapsed"
     def __init__(self,
         batches:int=10,  # in a row whose features are all alike
     ):
+        if not is_count(batches):
+            raise ValueError(f'StopAtCollapse counts batches, so it takes 1 or more, not {batches!r}')
         self.batches,self.alike = batches,0
 
     def after_backward(self, learner:Learner)->None:
         alike = all_alike(learner.out.feats.detach(), learner.batch.classes)
-        bad,alike = torch.stack([~learner.total.isfinite(), alike]).tolist()  # one wait for the device
+        length = nn.utils.get_total_norm([p.grad for p in learner.model.parameters() if p.grad is not None])
+        signs = [learner.total.isfinite(), length.isfinite(), alike]
+        finite,sound,alike = torch.stack(signs).tolist()  # one wait for the device
         self.alike = self.alike+1 if alike else 0
-        if bad: raise FloatingPointError(f'the loss is {learner.total.item()} (with bf16, try without)')
+        if not finite: raise FloatingPointError(f'the loss is {learner.total.item()} (with bf16, try without)')
+        if not sound: raise FloatingPointError(f'the gradient has the length {length.item()} (with bf16, try without)')
         if self.alike>=self.batches:
             raise ArithmeticError(f'the features have collapsed: for {self.batches} batches every crop was equally far '
                                   'from those of other players; try bottomk above 1, a smaller margin, or add ce')
@@ -246,6 +278,7 @@ def load_state_dict(self:Learner,
     state:dict,  # of `state_dict`, from a learner with the same hooks
 )->None:
     "Go on from there"
+    self.forget()
     for name in ('model','optimizer','loss'): getattr(self, name).load_state_dict(state[name])
     self.updates = state['updates']
     for hook in self.hooks:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from .checks import is_number
 
 # %% ../nbs/04d_optim.ipynb #schedule
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class Schedule:
     def __post_init__(self):
         for name in ('warmup','floor','gamma'):
             share = getattr(self, name, 0.)
-            if not 0<=share<=1: raise ValueError(f'{name} is a share between 0 and 1, not {share}')
+            if is_number(share) and 0<=share<=1: continue
+            raise ValueError(f'{name} is a share between 0 and 1, not {share!r}')
 
     def __call__(self,
         t:float,  # share of the run that is done, 0 to 1
@@ -75,7 +77,8 @@ class Step(Drops):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.every>0: raise ValueError(f'every counts epochs, so it is above 0, not {self.every}')
+        if is_number(self.every) and self.every>0: return
+        raise ValueError(f'every counts epochs, so it is above 0, not {self.every!r}')
 
     def falls(self)->list[float]: return [self.every*k for k in range(1, math.ceil(self.epochs/self.every))]
 
@@ -87,7 +90,9 @@ class Multistep(Drops):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.at or not min(self.at)>0: raise ValueError(f'at lists epochs above 0, not {self.at}')
+        listed = isinstance(self.at, (tuple,list)) and len(self.at)>0
+        if listed and all(is_number(epoch) and epoch>0 for epoch in self.at): return
+        raise ValueError(f'at lists epochs above 0, not {self.at!r}')
 
     def falls(self)->tuple[float,...]: return self.at
 
@@ -125,16 +130,18 @@ class Adam:
     layer_decay:float = 1.   # rate of a block of the backbone, as a share of the one above, above 0
 
     def __post_init__(self):
-        if not 0<self.layer_decay<=1:
-            raise ValueError(f'layer_decay is a share, above 0 and up to 1, not {self.layer_decay}')
+        if not (is_number(self.layer_decay) and 0<self.layer_decay<=1):
+            raise ValueError(f'layer_decay is a share, above 0 and up to 1, not {self.layer_decay!r}')
         for name in ('weight_decay','lr_new'):
-            if not 0<=getattr(self, name)<math.inf: raise ValueError(f'{name} is 0 or more, not {getattr(self, name)}')
+            value = getattr(self, name)
+            if not (is_number(value) and value>=0): raise ValueError(f'{name} is 0 or more, not {value!r}')
 
     def __call__(self,
         model:nn.Module,           # on its device
         lr:float,                  # peak rate
         loss:nn.Module|None=None,  # may have parameters of its own
     )->torch.optim.Optimizer:
+        if not (is_number(lr) and lr>=0): raise ValueError(f'lr is a number of 0 or more, not {lr!r}')
         groups = parameter_groups(model, lr, self.weight_decay, self.lr_new, self.layer_decay, loss)
         return self.kind(groups, lr=lr, weight_decay=self.weight_decay)
 

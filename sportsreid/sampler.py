@@ -77,7 +77,7 @@ def check_batch(
     K:int,               # crops a pid
 )->int:  # P, pids a batch
     "Check that a table can fill batches of P x K crops"
-    if K<1: raise ValueError(f'K={K}, but a pid needs at least one crop in a batch; the paper takes K=4')
+    if not isinstance(K, (int,np.integer)) or K<1: raise ValueError(f'K={K!r}, but a pid needs a whole number of crops')
     fits = -(-max(batch_size,1)//K)*K
     if batch_size!=fits: raise ValueError(f'batch_size={batch_size} is not a multiple of K={K}; take {fits}')
     n,P = check_pids(crops),batch_size//K

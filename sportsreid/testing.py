@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['made_table', 'MadeCrops', 'photo', 'drawing', 'simulated_crops', 'draw_links', 'season_table', 'small_table',
-           'write_crops', 'file_limit', 'locked', 'ranking_problem', 'made_actions', 'train_beginner']
+           'odd_table', 'write_crops', 'file_limit', 'locked', 'ranking_problem', 'made_actions', 'train_beginner']
 
 # %% ../nbs/00b_testing.ipynb #imports
 from collections.abc import Callable, Iterator
@@ -151,6 +151,22 @@ def small_table(
     pid = pd.DataFrame(dict(action=rng.integers(24, size=40)))
     rows = pd.DataFrame(dict(pid=rng.permutation(np.repeat(np.arange(40), rng.integers(1, 6, 40)))))
     return rows.join(pid, on='pid').join(action, on='action').join(match, on='match')
+
+# %% ../nbs/00b_testing.ipynb #odd-table
+def odd_table(
+    seed:int,  # another seed, another table
+)->pd.DataFrame:  # crop table without paths and roles
+    "A random crop table of an odd kind"
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(3, 40))
+    crowd = rng.random()*rng.integers(2)  # share of the pids that one action holds
+    pids = pd.DataFrame(dict(pid=rng.choice(1000, n, replace=False), action=rng.integers(1, 12, n)))
+    pids.loc[rng.random(n)<crowd, 'action'] = 0
+    sizes = np.where(rng.random(n)<rng.random(), 1, rng.integers(1, 9, n))
+    sizes[:2] = rng.integers(2, 9, 2)  # two pids have a pair
+    match = rng.integers(3)
+    if match: pids['match'] = '' if match==1 else [f'match {a//3}' for a in pids.action]
+    return pids.loc[np.repeat(np.arange(n), sizes)].sample(frac=1, random_state=seed, ignore_index=True)
 
 # %% ../nbs/00b_testing.ipynb #write-crops
 def write_crops(
