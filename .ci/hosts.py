@@ -71,7 +71,7 @@ class Namespace(Host):
         self.address, self.here = ADDRESSES[number], box/'disk'
         self.here.mkdir(exist_ok=True)
         ways = '--net', '--mount', '--uts', '--pid', '--fork', '--mount-proc', '--kill-child'
-        self.first = subprocess.Popen(['unshare', *ways, 'sleep', 'infinity'])
+        self.first = subprocess.Popen(['unshare', *ways, 'sleep', 'infinity'], stderr=subprocess.DEVNULL)
         self.init = wait_for(lambda: child_of(self.first.pid))
         self.prefix = ['nsenter', '-t', str(self.init), '-n', '-m', '-u', '-p', '--']
         (box/'hosts').write_text(''.join(f'{a} {n}\n' for a, n in zip(ADDRESSES, NAMES)) + '127.0.0.1 localhost\n')
@@ -248,7 +248,7 @@ def accelerated(box, hosts):
 def refuse(hosts, log, *said, words=None, on=(0, 1), **how):
     "Start a run that must be refused on all hosts; seconds from the end of one host to that of the other"
     processes = start_all(hosts, log, words or train_words('runs/refused'), **how)
-    taken = ends(processes)
+    taken = ends(processes, 200)
     holds(all(p.returncode for p in processes), 'a host ended well')
     for i in on:
         for part in said:
@@ -271,7 +271,10 @@ def no_data(box, hosts):
 
 def clash(box, hosts):
     "The first host refuses the run folder: both stop"
-    return refuse(hosts, 'clash', 'other parameters (lr:', words=train_words(lr=.5))
+    config = hosts[0].disk/'runs/clash/config.json'
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text('{"arch": "vit_l16"}')
+    return refuse(hosts, 'clash', "other parameters (K: None there", words=train_words('runs/clash'))
 
 
 def no_recipe(box, hosts):
@@ -281,6 +284,10 @@ def no_recipe(box, hosts):
 
 def turned(box, hosts):
     "The hosts are started in the other order: the run folder is not begun anew on the second"
+    config = hosts[0].disk/'runs/half/config.json'
+    config.parent.mkdir(parents=True, exist_ok=True)
+    if not config.exists():
+        config.write_text('{}')
     said = refuse(hosts, 'turned', 'runs/half', 'not by the first rank', words=train_words('runs/half', **LONG), first=1)
     holds(not (hosts[1].disk/'runs').exists(), 'the second host made a folder')
     return said
@@ -390,6 +397,7 @@ def main():
     names = sys.argv[1:]
     if names[:1] == ['worker']:
         return worker(names[1])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped'))  # so that the hosts are closed
     real = namespaces_allowed() and '--folders' not in names
     print('two hosts as namespaces, with a cable' if real else
           'NOTE: namespaces are not allowed here; two folders of one machine stand for the hosts, and no cable is cut')
