@@ -142,7 +142,7 @@ def torchrun(hosts, host, first=0):
 
 
 def accelerate(hosts, host):
-    return [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_machines', 2, '--machine_rank', host.number,
+    return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', 2, '--machine_rank', host.number,
             '--num_processes', 2, '--main_process_ip', hosts[0].address, '--main_process_port', PORT,
             '--mixed_precision', 'no', '--dynamo_backend', 'no', '-m']
 
@@ -231,6 +231,8 @@ def trained(box, hosts):
 
 def again(box, hosts):
     "A finished run is not trained again, though the second host has no folder to see that by"
+    if not (hosts[0].disk/'runs/two').exists():
+        well(start_all(hosts, 'trained', train_words()))
     before = content(hosts[0].disk/'runs/two')
     processes = start_all(hosts, 'again', train_words())
     taken = well(processes)
@@ -240,7 +242,10 @@ def again(box, hosts):
 
 def accelerated(box, hosts):
     "accelerate launch with machine ranks ends with the same weights"
+    if not (hosts[0].disk/'runs/two').exists():
+        well(start_all(hosts, 'trained', train_words()))
     well(start_all(hosts, 'accelerated', train_words('runs/accelerated'), accelerate))
+    holds(not (hosts[1].disk/'runs').exists(), 'the second host trained alone')
     holds(content(hosts[0].disk/'runs/accelerated') == content(hosts[0].disk/'runs/two'), 'other weights than torchrun')
     return 'bit-equal to torchrun'
 
