@@ -19,6 +19,7 @@ from .core import clock, first_line, read_log, trim_log, write_log, write_whole
 from .learner import Learner
 from .models import ReIDModel
 from .stops import saving
+from .ranks import file_from_first
 from .weights import save_model
 
 # %% ../nbs/05b_checkpoints.ipynb #run-log
@@ -242,10 +243,11 @@ def save_state(
 def read_state(
     folder:str|Path,                # run folder
     device:str|torch.device='cpu',  # where its tensors should be
+    file=None,                      # its last.pt, if that came from another rank
 )->dict:  # format, learner, progress; a ValueError if it cannot be read
     "Read last.pt"
     path = Path(folder)/'last.pt'
-    try: state = torch.load(path, map_location=device, weights_only=True)
+    try: state = torch.load(path if file is None else file, map_location=device, weights_only=True)
     except Exception as e:
         raise ValueError(f'{path} cannot be read ({first_line(e)}); delete the run folder to start again') from e
     if state.get('format')!=FORMAT:
@@ -263,13 +265,15 @@ def read_progress(
 
 # %% ../nbs/05b_checkpoints.ipynb #load-state-learner
 def load_state(
-    folder:str|Path,  # run folder
+    folder:str|Path,  # run folder; of several ranks only the first needs it, and sends last.pt to the others
     learner:Learner,  # where to load it
 )->Progress:  # the start if there is nothing to continue
     "Put a learner into the state of last.pt, if there is one"
     path = Path(folder)/'last.pt'
-    if not path.exists(): return Progress()
-    state = read_state(folder, next(learner.model.parameters()).device)
+    if learner.ranks>1: file = file_from_first(path)
+    else: file = path if path.exists() else None
+    if file is None: return Progress()
+    state = read_state(folder, next(learner.model.parameters()).device, file)
     try: learner.load_state_dict(state['learner'])
     except Exception as e:
         raise ValueError(f'{path} cannot be continued from ({first_line(e)}); '

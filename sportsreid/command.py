@@ -146,8 +146,12 @@ def run_one(
     notebook:str='',  # where the executed notebook goes; '': beside the results
 )->None:
     "Run a program, unless it is a training run that is finished"
+    several = this_rank()[1]>1
+    if several and program!='train':
+        raise ValueError(f'{program} needs one process; start it without torchrun or accelerate launch')
     folder = results_folder(program, given)
-    if program=='train' and is_done(resolve(given)): return print(f'{folder} is finished, skipped')
+    # of several processes, the first one's notebook says whether the run is finished: others may not have its folder
+    if program=='train' and not several and is_done(resolve(given)): return print(f'{folder} is finished, skipped')
     done = run_notebook(recipe_path(program), notebook or folder/f'{program}.ipynb', given)
     if this_rank()[0]==0: print(f'executed notebook: {done}')
 
@@ -279,7 +283,11 @@ def main(
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         sys.exit(1)
-    except (ValueError,FileNotFoundError) as e: sys.exit(f'sportsreid_run: {e}')
+    except (ValueError,FileNotFoundError) as e:
+        if this_rank()[1]>1:
+            from sportsreid.hosts import refuse_to_join  # imports torch
+            refuse_to_join(str(e))
+        sys.exit(f'sportsreid_run: {e}')
     except ModuleNotFoundError as e:
         sys.exit(f"sportsreid_run: {e.name} is not installed; pip install 'sportsreid[train]' brings it")
 

@@ -6,7 +6,7 @@
 __all__ = ['execute', 'keep_notebook', 'keep_stopped', 'kept', 'run_notebook']
 
 # %% ../nbs/05e_headless.ipynb #imports
-import shutil, sys, tempfile
+import os, shutil, sys, tempfile
 from pathlib import Path
 from .core import this_rank, write_whole
 
@@ -43,7 +43,7 @@ def keep_stopped(
     final:Path,  # where it would have gone
 )->str:  # a line that says where it is; '' if it was refused before there was a folder
     "Keep the notebook of a run that had begun; a refused one leaves nothing"
-    if not (final.parent/'config.json').exists(): return ''
+    if this_rank()[0] or not (final.parent/'config.json').exists(): return ''
     return f'\n(the notebook up to there: {keep_notebook(made, final.with_name(f"{final.stem}-stopped.ipynb"))})'
 
 def kept(
@@ -64,9 +64,12 @@ def run_notebook(
     from papermill import PapermillExecutionError
     final,name = Path(out),Path(path).stem
     with tempfile.TemporaryDirectory() as tmp:
-        made = Path(tmp)/final.name
+        made,words = Path(tmp)/final.name,Path(tmp)/'last-words'
+        os.environ['SPORTSREID_LAST_WORDS'] = str(words)  # where the kernel says why it ends without an error
         try: execute(path, made, given)
-        except DeadKernelError: sys.exit(f'{name} was killed, most likely for want of memory; start it again to go on')
+        except DeadKernelError:
+            if words.exists(): sys.exit(f'{name} stopped: {words.read_text()}')
+            sys.exit(f'{name} was killed, most likely for want of memory; start it again to go on')
         except KeyboardInterrupt: sys.exit(f'{name} was interrupted; {kept(final)}')
         except PapermillExecutionError as e:
             if e.ename=='KeyboardInterrupt': sys.exit(f'{e.evalue or f"{name} was interrupted; {kept(final)}"}')

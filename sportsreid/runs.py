@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_data', 'run_notes', 'check_format', 'Machine', 'pick_machine', 'read_tables', 'Run', 'run_config', 'say_run',
-           'prepare', 'train_rank', 'train_forked', 'train_run', 'score_run', 'write_scores']
+           'look_up', 'first_network', 'read_data', 'agreed_config', 'prepare', 'train_rank', 'train_forked',
+           'train_run', 'score_run', 'write_scores']
 
 # %% ../nbs/05e_runs.ipynb #imports
 import contextlib, json
@@ -14,11 +15,12 @@ import pandas as pd, torch
 from accelerate import Accelerator, notebook_launcher
 from fastcore.basics import patch
 from torch import nn
-from .core import first_line, open_run, project_path, seeded, short_path, this_rank, write_whole
+from .core import first_line, open_run, project_path, seeded, short_path, this_rank, versions, write_whole
 from .checkpoints import read_progress
 from .data import find_data, fingerprint, read_soccernet
 from .devices import free_port, keep_memory, pick_device, start_ranks
 from .evaluate import Ranking, rank_crops
+from .hosts import Watch, check_place, going_on, heed_refusals, watch_ranks
 from .images import CropFiles, PackedCrops, open_crops
 from .learner import Learner
 from .losses import LossSum
@@ -26,6 +28,7 @@ from .make import make_augmentation, make_hooks, make_loss, make_network, make_o
 from .make import make_sampler, make_schedule
 from .memory import memory_note
 from .models import ReIDModel
+from .ranks import from_first, on_each_host, same_everywhere, stop_together
 from .recipes import Resolved, deciding, file_hash, resolve
 from .sampler import EpochSampler
 from .simulate import simulate_broadcast
@@ -78,15 +81,15 @@ class Machine:
     device:torch.device
     bf16:bool                       # whether the network computes in bfloat16
     ranks:Accelerator|None = None   # of several processes that a launcher has started
-
+    watch:Watch|None = None         # over these processes
     @property
     def first(self)->bool:
         "Whether this process prints and writes"
         return not self.ranks or self.ranks.is_main_process
 
-    def first_alone(self)->contextlib.AbstractContextManager:
-        "Let the first process do the work inside the block before the others look at it"
-        return self.ranks.main_process_first() if self.ranks else contextlib.nullcontext()
+    def watched(self)->contextlib.AbstractContextManager:
+        "A block that needs all processes: if one is lost or fails, all end"
+        return self.watch.block() if self.watch else contextlib.nullcontext()
 
 # %% ../nbs/05e_runs.ipynb #pick-machine
 def pick_machine(
@@ -94,7 +97,10 @@ def pick_machine(
 )->Machine:  # a ValueError where the settings contradict the processes there are
     "Choose the device, and join the processes of a launcher"
     forks = values['processes']>1
-    ranks = start_ranks(values['device'], values['freeze_epochs']>0) if this_rank()[1]>1 else None
+    ranks = watch = None
+    if this_rank()[1]>1:
+        with heed_refusals(): ranks = start_ranks(values['device'], values['freeze_epochs']>0)
+        watch = watch_ranks()
     if forks and ranks:
         raise ValueError('processes starts ranks from a notebook, and a launcher has started them; leave it at 1')
     device = ranks.device if ranks else pick_device(values['device'], forks)
@@ -105,7 +111,7 @@ def pick_machine(
     bf16 = values['bf16']
     if bf16 is None:  # to ask would start CUDA, and then no process can be forked
         bf16 = device.type=='cuda' and (forks or torch.cuda.is_bf16_supported(including_emulation=False))
-    return Machine(device, bf16, ranks)
+    return Machine(device, bf16, ranks, watch)
 
 # %% ../nbs/05e_runs.ipynb #read-tables
 def read_tables(
@@ -132,13 +138,13 @@ class Run:
     sampler:EpochSampler|None = None           # of the training crops
     opened:dict = field(default_factory=dict)  # split: its pixels, once they were asked for
     hooks:tuple = ()                           # of your own, called after those that the settings ask for
-
+    kept:dict|None = None                      # spec of the network in the folder, if the run is finished
     @property
     def values(self)->dict: return self.resolved.values
     @property
     def finished(self)->bool: return self.model is None
     @property
-    def spec(self)->dict: return self.model.spec if self.model else read_spec(self.folder)  # of the network
+    def spec(self)->dict: return self.model.spec if self.model else self.kept  # of the network
 
 # %% ../nbs/05e_runs.ipynb #run-images
 @patch
@@ -182,6 +188,49 @@ def say_run(
     print(f'training on {len(crops)} crops of {crops.pid.nunique()} players in {crops.action.nunique()} actions; '
           f'run folder {short_path(run.folder)}'+(', which is finished' if run.finished else ''))
 
+# %% ../nbs/05e_runs.ipynb #look
+def look_up(
+    folder:Path,  # run folder
+)->dict|None:  # of a finished run: the spec of its network
+    "What the first rank finds in a run folder"
+    check_place(folder)
+    def look():
+        check_format(folder)
+        return read_spec(folder) if (folder/'scores.json').exists() else None
+    return from_first(look)
+
+# %% ../nbs/05e_runs.ipynb #read-data
+def first_network(
+    values:dict,      # of the settings
+    machine:Machine,  # says whether this is the first process
+)->ReIDModel:
+    "The network of a new run; only the first process needs its first weights"
+    return make_network(values if machine.first else {**values, 'weights': '', 'pretrained': False})
+
+def read_data(
+    run:Run,  # gets its tables, its sampler and, unless it is finished, its pixels
+)->dict:  # data: the folder; why: who chose it
+    "Read the data of this host"
+    values = run.values
+    root,why = open_data(values['data'])
+    run.tables = read_tables(values, root)
+    how = values['batch_size'], values['K'], values['seed']
+    run.sampler = make_sampler(values['sampler'], run.tables['train'], *how)
+    if not run.finished:
+        for split in run.tables: run.images(split)
+    return dict(data=str(root), why=why)
+
+def agreed_config(
+    run:Run,   # with its tables
+    data:str,  # the data folder, for an error
+)->dict:  # for config.json; a ValueError on all ranks if they differ
+    "What decides the run, the same on all ranks"
+    config = run_config(run)
+    config['weights'] = from_first(lambda: config['weights'])
+    same = {k: versions()[k] for k in ('sportsreid','torch','numpy')}
+    same_everywhere(dict(config, **same, network=run.spec), f'data in {data}')
+    return config
+
 # %% ../nbs/05e_runs.ipynb #prepare
 def prepare(
     given:dict,        # settings that were given, from `given_settings`
@@ -192,22 +241,20 @@ def prepare(
     resolved = resolve(given)
     values = resolved.values
     machine = pick_machine(values)
-    make_schedule(values['schedule'], values['epochs'])  # these three refuse what they do not know
-    make_augmentation(values['augmentation'])
-    make_optimizer(values['optimizer'])
-    folder = project_path(values['run'])
-    check_format(folder)
-    model = None if (folder/'scores.json').exists() else make_network(values)
-    run = Run(resolved, machine, folder, model, make_loss(values['loss'], values['K']), hooks=tuple(hooks))
-    with machine.first_alone():
-        root,why = open_data(values['data'])
-        run.tables = read_tables(values, root)
-        how = values['batch_size'], values['K'], values['seed']
-        run.sampler = make_sampler(values['sampler'], run.tables['train'], *how)
-        if not run.finished:
-            for split in run.tables: run.images(split)
-        notes = dict(data=str(root), why=why, device=str(machine.device), given=given, origins=resolved.origins)
-        open_run(folder, run_config(run), **notes)
+    with machine.watched():
+        make_schedule(values['schedule'], values['epochs'])  # these three refuse what they do not know
+        make_augmentation(values['augmentation'])
+        make_optimizer(values['optimizer'])
+        folder = project_path(values['run'])
+        if machine.watch: machine.watch.state = lambda: going_on(folder)
+        kept = look_up(folder)
+        model = None if kept else first_network(values, machine)
+        loss = make_loss(values['loss'], values['K'])
+        run = Run(resolved, machine, folder, model, loss, hooks=tuple(hooks), kept=kept)
+        notes = dict(device=str(machine.device), given=given, origins=resolved.origins)
+        on_each_host(lambda: notes.update(read_data(run)))
+        config = agreed_config(run, notes['data'])
+        from_first(lambda: open_run(folder, config, **notes))
     say_run(run)
     return run
 
@@ -246,7 +293,8 @@ def train_run(
     values,machine = run.values,run.machine
     with seeded(values['init_seed'], 1):
         run.model.set_pids(run.tables['train'].pid.nunique() if run.loss.needs_logits else None)
-    if values['processes']==1: train_rank(run, machine.device, machine.ranks)
+    if values['processes']==1:
+        with machine.watched(): train_rank(run, machine.device, machine.ranks)
     else: notebook_launcher(train_forked, (run,), num_processes=values['processes'], use_port=free_port())
 
 # %% ../nbs/05e_runs.ipynb #score-run
@@ -254,16 +302,15 @@ def score_run(
     run:Run,  # trained
 )->dict[str,Ranking]:  # split: its ranking by the weights that were kept
     "Rank the splits that were not trained on, write scores.json, and print the scores"
-    rankings = {}
-    if run.machine.first:
+    with run.machine.watched(), stop_together():
+        if not run.machine.first: return {}
         model = load_model(run.folder).to(run.machine.device)
         rankings = {split: run.rank(model, split) for split in ('valid','test') if split in run.tables}
         if not (run.folder/'scores.json').exists(): write_scores(run, rankings)
         for split,ranking in rankings.items():
             said = ', '.join(f'{name} {100*score:.1f}' for name,score in ranking.scores().items())
             print(f'{split}: {said}', flush=True)
-    if run.machine.ranks: run.machine.ranks.wait_for_everyone()
-    return rankings
+        return rankings
 
 def write_scores(
     run:Run,                      # trained

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['toy_learner', 'toy_parts', 'answers', 'run_rank', 'on_ranks', 'bad_fork', 'new_pages', 'gathered_rows', 'PulledPlug',
-           'toy_run', 'KeepGradients', 'no_batchnorm', 'toy_gradients', 'gradient_gaps']
+           'toy_run', 'refused', 'fail_second', 'exchanged', 'KeepGradients', 'no_batchnorm', 'double_steps',
+           'gradient_gaps', 'weight_gaps']
 
 # %% ../nbs/05a_toy.ipynb #imports
 import contextlib, hashlib, io, os, tempfile
@@ -125,8 +126,9 @@ class PulledPlug:
 
 # %% ../nbs/05a_toy.ipynb #toy-run
 def toy_run(
-    folder:str,  # run folder
-    stop:float,  # share of the run after which it stops
+    folder:str,       # run folder
+    stop:float,       # share of the run after which it stops
+    apart:bool=False, # whether each further rank has a run folder of its own, as on another host
 )->dict:  # continues: whether it went on from an earlier run; weights: their hash
     "Train the toy for three epochs"
     from sportsreid.train import RunWriter, TrainBatches, read_progress, train
@@ -134,16 +136,54 @@ def toy_run(
     ranks = start_ranks('cpu')
     hooks = [PulledPlug(stop)]
     if ranks.num_processes>1: hooks.append(Ranks(ranks))
-    learner = toy_learner(hooks=hooks)
+    learner = toy_learner(seed=ranks.process_index, hooks=hooks)
     batches = TrainBatches(*toy_parts(), learner.model.spec)
     if ranks.is_main_process: open_run(folder, dict(toy=True))
     ranks.wait_for_everyone()
     continues = read_progress(folder).step>0
+    if apart and not ranks.is_main_process: folder = f'{folder}-elsewhere'
     RunWriter.save_every = 0.
     with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()):
         train(folder, learner, batches, epochs=3)
     weights = b''.join(p.detach().numpy().tobytes() for p in learner.model.parameters())
     return dict(continues=continues, weights=hashlib.sha1(weights).hexdigest())
+
+# %% ../nbs/05a_toy.ipynb #refused
+def refused(
+    do:Callable[[],object],  # what fails
+)->str:  # its error; '' if it does not fail
+    "What a rank says when it fails"
+    try: do()
+    except (ArithmeticError,OSError,ValueError) as e: return f'{type(e).__name__}: {e}'
+    return ''
+
+def fail_second()->None:
+    "Work that fails on the second rank only"
+    from sportsreid.ranks import joined, stop_together
+    with stop_together():
+        if joined()[0]==1: raise OSError('no room on the disk')
+
+# %% ../nbs/05a_toy.ipynb #exchanged
+def exchanged(
+    folder:str,  # holds a folder for each rank
+)->dict:  # what the rank was told: said, state, turns, first, another, unlike
+    "Tell and be told"
+    from sportsreid.devices import start_ranks
+    from sportsreid.ranks import file_from_first, from_first, joined, on_each_host, said_by_all, same_everywhere
+    start_ranks('cpu')
+    rank,_ = joined()
+    own,last = f'{folder}/{rank}',f'{folder}/{rank}/last.pt'
+    os.makedirs(own)
+    if rank==0: torch.save(dict(step=7), last)
+    turns = []
+    def take_turn():
+        turns.append(os.listdir(folder))
+        os.makedirs(f'{folder}/made-by-{rank}')
+    on_each_host(take_turn)
+    return dict(said=said_by_all(rank), state=torch.load(file_from_first(last), weights_only=True), turns=turns,
+                missing=file_from_first(f'{own}/none'), held=sorted(os.listdir(own)),
+                first=refused(lambda: from_first(lambda: 1/0)), another=refused(fail_second),
+                unlike=refused(lambda: same_everywhere(dict(fingerprint=rank), f'data in /{rank}')))
 
 # %% ../nbs/05a_toy.ipynb #keep-gradients
 class KeepGradients:
@@ -161,20 +201,22 @@ def no_batchnorm(
         if isinstance(m, torch.nn.BatchNorm2d|torch.nn.BatchNorm1d): model.set_submodule(name, torch.nn.Identity())
     return model
 
-def toy_gradients(
+def double_steps(
     rows:slice,  # crops that this process has, of twelve
     hooks=(),    # of the learner
-)->dict:  # name: gradient of each weight
-    "Gradients of all losses together on some of twelve crops of six players"
+    lr=0.,       # learning rate
+    steps=1,     # each with other crops
+)->Learner:  # after them
+    "Steps with all losses together on some of twelve crops of six players"
     with seeded(0): model = no_batchnorm(create_model('tiny', num_pids=6).double())
     loss = 0.9*Triplet(margin=0.3) + 0.5*CrossEntropy() + 0.5*Centroid() + 1*InfoNCE(temperature=0.1, learn=True)
-    keep = KeepGradients()
-    optimizer = torch.optim.SGD([*model.parameters(), *loss.double().parameters()], 0.)
-    learner = Learner(model, loss, optimizer, hooks=[*hooks, keep])
-    images = torch.randn(12, 3, 32, 16, generator=torch.Generator().manual_seed(0)).double()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.double().parameters()], lr)
+    learner = Learner(model, loss, optimizer, hooks=hooks)
     classes = torch.arange(12)//2
-    learner.step(Batch(images[rows], *[classes[rows]]*3), 0.)
-    return keep.grads
+    for seed in range(steps):
+        images = torch.randn(12, 3, 32, 16, generator=torch.Generator().manual_seed(seed)).double()
+        learner.step(Batch(images[rows], *[classes[rows]]*3), 0.)
+    return learner
 
 # %% ../nbs/05a_toy.ipynb #gradient-gaps
 def gradient_gaps()->dict:  # gathered, alone: largest relative difference, with and without gathered features
@@ -182,8 +224,27 @@ def gradient_gaps()->dict:  # gathered, alone: largest relative difference, with
     from sportsreid.devices import gather_rows, start_ranks
     ranks = start_ranks('cpu')
     mine = (slice(0, 4),slice(4, 12))[ranks.process_index]
-    whole = toy_gradients(slice(None))
+    def gradients(rows, *hooks):
+        keep = KeepGradients()
+        double_steps(rows, [*hooks, keep])
+        return keep.grads
+    whole = gradients(slice(None))
     def gap(*hooks):
-        grads = toy_gradients(mine, [Ranks(ranks), *hooks])
+        grads = gradients(mine, Ranks(ranks), *hooks)
         return max(((grads[k]-g).norm()/g.norm().clamp(min=1e-12)).item() for k,g in whole.items())
+    return dict(gathered=gap(GatherRows(gather_rows)), alone=gap())
+
+# %% ../nbs/05a_toy.ipynb #weight-gaps
+def weight_gaps(
+    steps:int=20,  # of SGD
+)->dict:  # gathered, alone: relative difference, with and without gathered features
+    "How far the weights of two ranks are from those of one process after some steps"
+    from sportsreid.devices import gather_rows, start_ranks
+    ranks = start_ranks('cpu')
+    mine = (slice(0, 4),slice(4, 12))[ranks.process_index]
+    def weights(rows, *hooks):
+        learner = double_steps(rows, hooks, 1e-3, steps)
+        return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+    whole = weights(slice(None))
+    def gap(*hooks): return ((weights(mine, Ranks(ranks), *hooks)-whole).norm()/whole.norm()).item()
     return dict(gathered=gap(GatherRows(gather_rows)), alone=gap())

@@ -22,6 +22,7 @@ from .images import CropFiles, PackedCrops, load_batches, normalise
 from .learner import Learner, Ranks
 from .losses import Batch
 from .models import ReIDModel
+from .ranks import stop_together
 from .sampler import EpochSampler, level_codes
 from .stops import enough_memory, run_alone, stop_asked, stopped_at
 from .weights import save_model
@@ -129,10 +130,10 @@ class RunLength:
 
 # %% ../nbs/05b_loop.ipynb #rank-group
 class RankGroup(NamedTuple):
-    "Which rank this is, of how many, and what waits for all of them"
+    "Which rank this is, of how many, and a block at whose end all of them meet"
     rank:int = 0
     ranks:int = 1
-    meet:Callable = lambda: None
+    together:Callable = contextlib.nullcontext
 
 def group_of(
     learner:Learner,  # trains on several ranks if it has the hook `Ranks`
@@ -141,7 +142,7 @@ def group_of(
     for hook in learner.hooks:
         if isinstance(hook, Ranks):
             joined = hook.accelerator
-            return RankGroup(joined.process_index, joined.num_processes, joined.wait_for_everyone)
+            return RankGroup(joined.process_index, joined.num_processes, stop_together)
     return RankGroup()
 
 # %% ../nbs/05b_loop.ipynb #seed-step
@@ -253,12 +254,11 @@ def train(
 )->dict:  # scores of the weights that are kept, with their epoch; {} without validation
     "Train, validate and keep the best weights; continues where an earlier call stopped"
     length = RunLength(epochs, steps, valid_every)
-    rank,ranks,meet = group_of(learner)
+    rank,ranks,together = group_of(learner)
     with contextlib.ExitStack() as held:
-        if rank==0: held.enter_context(run_alone(folder))
-        meet()  # the folder is ours
+        with together():
+            if rank==0: held.enter_context(run_alone(folder))
         at = load_state(folder, learner)
-        meet()  # all ranks have read
         held.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         if rank==0:
             if at.step: print(f'continuing in epoch {at.epoch+1} after step {at.step}')
@@ -267,9 +267,10 @@ def train(
             held.enter_context(contextlib.closing(writer.log))
         while not length.done(at):
             at = run_epoch(learner, batches, length, at, writer.after_step if rank==0 else None)
-            if rank==0: at = writer.after_epoch(at, score)
-            meet()
-        if rank==0 and not score: save_model(folder, learner.trained)
+            with together():
+                if rank==0: at = writer.after_epoch(at, score)
+        with together():
+            if rank==0 and not score: save_model(folder, learner.trained)
     return at.scores
 
 # %% ../nbs/05b_loop.ipynb #lazy

@@ -80,6 +80,7 @@ def network_table(
     run:Run,  # prepared
 )->pd.DataFrame:  # a row a part
     "What the network is made of"
+    if run.finished and not run.machine.first: return pd.DataFrame()  # the weights lie on the first rank's disk
     model,spec = run.model or load_model(run.folder), run.spec
     def millions(part): return f'{sum(p.numel() for p in part.parameters())/1e6:.2f} million weights'
     size = 'x'.join(map(str, spec['size']))
