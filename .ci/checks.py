@@ -271,10 +271,29 @@ def again(box):
 
 
 def evaluate(box):
-    "06_evaluate scores two splits in one go"
+    "06_evaluate scores two splits in one go, says what made the results, and draws whatever MPLBACKEND says"
+    os.environ['MPLBACKEND'] = 'Agg'
     recipe(box/'whole', '06_evaluate', data=box/'broadcast', run='runs/tiny-s1', split='valid+test')
-    files = [f'{kind}_{split}.json' for kind in ('ranking', 'scores') for split in ('valid', 'test')]
+    del os.environ['MPLBACKEND']
+    files = [f'{kind}_{split}.json' for kind in ('ranking', 'scores', 'made_by') for split in ('valid', 'test')]
     holds(box/'whole/runs/tiny-s1', *files)
+    outputs = [o for c in code_cells(box/'whole/06_evaluate.ipynb') for o in c['outputs']]
+    pictures = sum('image/png' in o.get('data', {}) or 'image/jpeg' in o.get('data', {}) for o in outputs)
+    if pictures < 7:
+        raise Failed(f'it holds {pictures} pictures, not a score plot, a curve, a breakdown and four ranked lists')
+
+
+def apart(box):
+    "Results of other settings lie apart, and those of the run stay as they are"
+    folder = box/'whole/runs/tiny-s1'
+    before = {k: v for k, v in digests(folder).items() if '/' not in k}
+    recipe(box/'whole', '06_evaluate', data=box/'broadcast', run='runs/tiny-s1', flip='false', rerank='no', also='runs/tiny-s2')
+    recipe(box/'whole', '06_evaluate', data=box/'broadcast', run='runs/tiny-s1', flip='YES', temperature=.1)
+    holds(folder, 'evaluate-flip-temperature-0.1/scores_test.json')
+    if not list((box/'whole/runs').glob('tiny-s1+1-*/scores_test.json')):
+        raise Failed('the ensemble has no folder')
+    if before != {k: v for k, v in digests(folder).items() if '/' not in k}:
+        raise Failed("the run's own files changed")
 
 
 CHECKPOINT = """
@@ -366,8 +385,8 @@ def benchmark(box):
 JOBS = {
     'quick': [readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
               machine_paths, names, light],
-    'end-to-end': [broadcast, sweep, program, again, evaluate, published, unknown, killed, faults, ranks, tour,
-                   wheel, benchmark, parity],
+    'end-to-end': [broadcast, sweep, program, again, evaluate, apart, published, unknown, killed, faults, ranks,
+                   tour, wheel, benchmark, parity],
 }
 
 

@@ -10,6 +10,7 @@ __all__ = ['chance_ap', 'rank_by_chance', 'expected_chance', 'height_feats', 'me
 import numpy as np, torch
 from pandas import DataFrame
 from torch import Tensor
+from .belong import check_images
 from .core import seeded
 from .evaluate import Ranking, action_blocks, check_column, rank_crops, rank_features, split_roles
 from .images import CropFiles, PackedCrops, load_batches
@@ -107,6 +108,7 @@ def baselines(
     device:str|torch.device='cpu', # where that is computed
 )->dict[str,Ranking]:  # name: ranking
     "Rank a split by baselines that need no training"
+    check_images(images, crops, spec)
     found = {'chance': rank_by_chance(crops)}
     if 'height' in crops: found['crop height'] = rank_features(height_feats(crops), crops)
     colours,stripes = image_feats(images, mean_colours, stripe_histograms)

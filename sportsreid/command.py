@@ -13,10 +13,11 @@ import json, os, queue, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .core import project_path, this_rank
+from .folders import evaluation_folder
 from .headless import run_notebook
 from .lines import nearest
 from .parameters import NEEDED, SETTINGS, Setting, check_settings, check_value
-from .recipes import Resolved, checkpoint_run, deciding, file_hash, find_run, recipe_path, resolve, show
+from .recipes import Resolved, deciding, file_hash, recipe_path, resolve, show
 
 # %% ../nbs/05f_command.ipynb #read-words
 def read_words(
@@ -135,9 +136,7 @@ def results_folder(
     "The folder for a recipe's results"
     if program=='train': return project_path(resolve(given).values['run'])
     if program=='soup': return project_path(given.get('out', SETTINGS['soup']['out'].default))
-    checkpoint = given.get('checkpoint')
-    if not checkpoint: return find_run(given.get('run', ''))
-    return project_path(given.get('run') or checkpoint_run(given.get('arch', ''), checkpoint))
+    return evaluation_folder({**{k: s.default for k,s in SETTINGS['evaluate'].items()}, **given})
 
 # %% ../nbs/05f_command.ipynb #run-one
 def run_one(

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from numpy import ndarray
 from pandas import DataFrame
 from torch import Tensor
+from .belong import check_images, check_matches, check_rows
 from .core import lazy_names, single_thread
 from .data import name_rows
 from .features import extract_features
@@ -113,6 +114,7 @@ def rank_gallery(
     if q_feats.shape[1]!=g_feats.shape[1]:
         raise ValueError(f'Query features have {q_feats.shape[1]} columns, gallery features {g_feats.shape[1]}; '
                          'make both with one model')
+    check_matches(query, gallery)
     ranks = [None]*len(query)
     for q,g in action_blocks(query, gallery):
         with single_thread(len(q)*len(g)<10_000): nearest = _nearest_first(q_feats[q], g_feats[g], metric)
@@ -150,8 +152,8 @@ def known_pids(
     hidden = pids<0
     if hidden.any():
         raise ValueError(f'{hidden.sum()} of {len(pids)} {kind} pids are hidden (-1), the first in '
-                         f'{name_row(crops, kind, hidden.argmax())}; take crops[crops.pid>=0] (a ranking of hidden '
-                         'pids cannot be scored, only written)')
+                         f'{name_row(crops, kind, hidden.argmax())}; take crops[crops.pid>=0], or to keep crops of '
+                         'strangers as distractors number them anew (a ranking of hidden pids can only be written)')
     return pids
 
 # %% ../nbs/06a_ranking.ipynb #score-queries
@@ -265,11 +267,13 @@ class Roles(NamedTuple):
     g_rows:ndarray     # (G,) rows of the gallery
     query:DataFrame    # the queries, with an index from 0
     gallery:DataFrame  # the gallery, with an index from 0
+    n:int              # rows of the whole table
 
     def inputs(self,
         feats:Tensor|list[Tensor],  # (N,D) a row for each row of the whole table, or a list of several networks'
     )->tuple:  # features of the queries, of the gallery (lists where `feats` is one), and the two tables
         "What `rank_gallery` takes"
+        check_rows(feats, self.n)
         if not isinstance(feats, (list,tuple)): return feats[self.q_rows], feats[self.g_rows], self.query, self.gallery
         return [f[self.q_rows] for f in feats], [f[self.g_rows] for f in feats], self.query, self.gallery
 
@@ -283,7 +287,7 @@ def split_roles(
         raise ValueError(f'The table holds {len(q_rows)} queries and {len(g_rows)} gallery crops; ranking needs both, '
                          'so read valid, test or challenge')
     query,gallery = (crops.iloc[rows].reset_index(drop=True) for rows in (q_rows,g_rows))
-    return Roles(q_rows, g_rows, query, gallery)
+    return Roles(q_rows, g_rows, query, gallery, len(crops))
 
 # %% ../nbs/06a_ranking.ipynb #rank-features
 def rank_features(
@@ -306,11 +310,11 @@ def rank_crops(
     flip:bool=False,                # mean feature of a crop and its mirror image
 )->Ranking:
     "Embed a split and rank it"
+    check_images(images, crops, model.spec)
     feats = extract_features(model, images, device=device, bf16=bf16, flip=flip)
     return rank_features(feats, crops, metric or model.spec['metric'])
 
 # %% ../nbs/06a_ranking.ipynb #lazy
 __getattr__ = lazy_names(__name__, confidence='intervals', scores_by='intervals', bins='intervals',
-                         write_ranking_json='ranking_file',
-                         show_ranked='figures', plot_cmc='figures', plot_scores_by='figures',
-                         open_model='scoring')  # PEP 562: found when asked for
+                         write_ranking_json='ranking_file', show_ranked='figures', plot_cmc='figures',
+                         plot_scores_by='figures', open_model='scoring')  # PEP 562: found when asked for

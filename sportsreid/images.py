@@ -175,8 +175,9 @@ class CropFiles:
 class PackedCrops:
     "Crops read from the file that `pack_crops` wrote"
     def __init__(self,
-        path:str|Path,  # crops.npy
-    ): self.pixels = np.load(path, mmap_mode='r')
+        path:str|Path,               # crops.npy
+        paths:list[str]|None=None,   # of the crops, row by row, as `CropFiles` has them; None: not known
+    ): self.pixels,self.paths = np.load(path, mmap_mode='r'),paths
 
     def __len__(self): return len(self.pixels)
 
@@ -267,7 +268,7 @@ def pack_crops(
                 done = _pack_done(folder, manifest)
                 if not done: _start_pack(folder, (n, *size, 3))
                 if done<n: _try_to_fill(folder, manifest, crops, CropFiles(crops, size, n_workers, fit), done)
-    return PackedCrops(folder/'crops.npy')
+    return PackedCrops(folder/'crops.npy', crops.path.tolist())
 
 # %% ../nbs/01b_images.ipynb #open-crops
 def open_crops(

@@ -174,6 +174,7 @@ EVALUATE = dict(
     reciprocal  = Setting(str, None, 'k-reciprocal: k1,k2,lambda'),
     temperature = Setting(str, None, 'of the dual softmax'),
     assignment  = Setting(str, None, 'one-to-one: alone,spread,bonus'),
+    out         = Setting(str, '', "folder of the results; '': the run's, or one of its own for other settings"),
     n_pictures  = Setting(int, 4, 'ranked lists to draw: hardest queries first'),
     **SHARED,
 )
@@ -183,7 +184,7 @@ SOUP = dict(
     runs        = Setting(str, 'runs/tiny-s?', 'run folders: a pattern, or folders with commas between'),
     out         = Setting(str, 'runs/tiny-soup', 'where the soups go, as OUT/uniform and OUT/greedy'),
     data        = Setting(str, '', "folder in SoccerNet's layout; '': that of the first member"),
-    bn_crops    = Setting(int, 2000, 'training crops that measure BatchNorm again'),
+    bn_crops    = Setting(int, 2000, 'training crops that measure BatchNorm again', '[2,inf)'),
     path_points = Setting(int, 9, 'networks to score between the first two members; 0: none'),
     **SHARED,
 )

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
 from .core import lazy_names, single_thread
+from .belong import check_matches
 from .evaluate import Ranking, action_blocks, check_feats, split_roles
 
 # %% ../nbs/06b_rerank.ipynb #show-costs
@@ -267,6 +268,7 @@ def split_distances(
 )->Iterator[tuple[ndarray,ndarray,ndarray|None,ndarray]]:  # query rows, gallery rows and frames of a block, distances
     "Distances of a split, block by block"
     qs,gs = _each(q_feats, query, 'query', metric), _each(g_feats, gallery, 'gallery', metric)
+    check_matches(query, gallery)
     q_widths,g_widths = [x.shape[1] for x in qs], [x.shape[1] for x in gs]
     if q_widths!=g_widths or not qs:
         raise ValueError(f'Query features have {q_widths} columns, gallery features {g_widths}; '

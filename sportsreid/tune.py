@@ -6,14 +6,16 @@
 __all__ = ['STEPS', 'GRID', 'compare_rerank', 'plot_steps', 'tune_rerank', 'read_steps']
 
 # %% ../nbs/06ba_tune.ipynb #imports
+import math
 from dataclasses import replace
 from itertools import product
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt, torch
 from pandas import DataFrame
 from torch import Tensor
 from .core import progress
 from .evaluate import score_ranks, split_roles
-from .rerank import Assignment, Expansion, Reciprocal, Steps, rank_blocks, rerank_features, split_distances
+from .rerank import Assignment, Expansion, Reciprocal, Steps
+from .rerank import rank_blocks, rerank_features, rerank_gallery, split_distances
 
 # %% ../nbs/06ba_tune.ipynb #compare-rerank
 STEPS = dict(expand='query expansion', reciprocal='k-reciprocal', temperature='dual softmax',
@@ -100,10 +102,27 @@ def tune_rerank(
         if chosen==before: break
     return chosen
 
+# %% ../nbs/06ba_tune.ipynb #try-steps
+def _try_steps(steps):
+    "Refuse constants that no step can use, on a problem of two crops"
+    for name,whole in dict(expand=1, reciprocal=2).items():
+        bad = [k for k in getattr(steps, name)[:whole] if not isinstance(k, int)]
+        if bad: raise ValueError(f'{name} begins with a whole number of neighbours, not {bad[0]}')
+    two = DataFrame(dict(action=[0,0]))
+    rerank_gallery(torch.eye(2), torch.eye(2), two, two, steps=steps)
+    return steps
+
 # %% ../nbs/06ba_tune.ipynb #read-steps
+def _read_number(text):
+    "A finite number, whole where it is written so"
+    number = float(text)
+    if not math.isfinite(number): raise ValueError(text)
+    return int(text) if text.strip().lstrip('+-').isdecimal() else number
+
 def _read_numbers(step, text):
     "Numbers with commas between"
-    try: return tuple(float(v) if '.' in v else int(v) for v in str(text).split(',') if v)
+    text = str(text).strip()
+    try: return tuple(map(_read_number, text.split(','))) if text else ()
     except ValueError: raise ValueError(f'{step} is numbers with commas between, not {text!r}') from None
 
 def read_steps(
@@ -113,8 +132,8 @@ def read_steps(
     assignment:str|None=None,   # alone,spread,bonus
 )->Steps|None:  # None if nothing is given at all
     "Constants of re-ranking from text"
-    given = dict(expand=expand, reciprocal=reciprocal, temperature=temperature, assignment=assignment)
-    values = {step: _read_numbers(step, text) for step,text in given.items() if text is not None}
+    given = zip(STEPS, (expand,reciprocal,temperature,assignment))
+    values = {step: _read_numbers(step, text) for step,text in given if text is not None}
     if len(values.get('temperature', ()))>1: raise ValueError(f'temperature is one number, not {temperature!r}')
     if 'temperature' in values: values['temperature'] = sum(values['temperature'], 0.)
-    return Steps(**values) if values else None
+    return _try_steps(Steps(**values)) if values else None

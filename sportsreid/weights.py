@@ -132,8 +132,9 @@ def _backbone_from(model:ReIDModel, state:dict, where:str|Path, size:tuple[int,i
     if not fits:
         faults,at = read[0][1],f' at {grids}' if 'img_size' in specs[0]['kwargs'] else ''
         more = f' and {len(faults)-2} more' if len(faults)>2 else ''
+        other_size = guess and not any('missing' in f for f in faults)
         how = 'weights_size, or a model.json beside them'
-        ask = f', or say at which input size they were trained ({how})' if guess else ''
+        ask = f', or say at which input size they were trained ({how})' if other_size else ''
         raise ValueError(f'{where} does not fit {spec["arch"]}{at}: {"; ".join(faults[:2])}{more}; '
                          f'give weights of this network{ask}')
     if guess and len(fits)>1 and sized_axes(spec):
