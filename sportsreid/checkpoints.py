@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'RunLog', 'loss_parts', 'plot_run', 'memory_gb', 'progress_
            'save_state', 'read_state', 'read_progress', 'load_state', 'validate']
 
 # %% ../nbs/05b_checkpoints.ipynb #imports
-import math, shutil, time
+import math, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,18 +28,7 @@ class RunLog:
     ):
         self.folder = Path(folder)
         trim_log(folder, step)
-        shutil.rmtree(self.folder/'tensorboard', ignore_errors=True)
-        self.board = SummaryWriter(self.folder/'tensorboard')
-        for row in read_log(folder).to_dict('records'): self.draw(**row)
-        self.board.flush()
-
-    def draw(self,
-        step:int,  # steps done
-        **values,  # what is noted; nan where a line of the log has nothing
-    )->None:
-        "Add a point to curves of TensorBoard"
-        for name,value in values.items():
-            if isinstance(value, (int,float)) and value==value: self.board.add_scalar(name, value, int(step))
+        self.board = SummaryWriter(self.folder/'tensorboard', purge_step=step+1)
 
     def write(self,
         step:int,  # steps done
@@ -47,7 +36,7 @@ class RunLog:
     )->None:
         "Log some numbers"
         write_log(self.folder, step=step, **values)
-        self.draw(step, **values)
+        for name,value in values.items(): self.board.add_scalar(name, value, step)
         self.board.flush()
 
     def close(self): self.board.close()
