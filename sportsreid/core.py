@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'project_path', 'short_path', 'write_whole', 'check_disk', 'first_line', 'mix_seed', 'seeded',
-           'this_rank', 'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'versions', 'open_run',
-           'write_log', 'read_log', 'trim_log', 'lazy_names']
+           'this_rank', 'single_thread', 'clock', 'progress', 'versions', 'open_run', 'write_log', 'read_log',
+           'trim_log', 'lazy_names']
 
 # %% ../nbs/00a_core.ipynb #imports
 import contextlib, importlib, importlib.metadata, json, os, platform, random, shutil, sys, time
@@ -114,24 +114,6 @@ def single_thread(
     if when: torch.set_num_threads(1)
     try: yield
     finally: torch.set_num_threads(usual)
-
-# %% ../nbs/00a_core.ipynb #share-cores
-def share_cores(
-    spins:int=1000,  # rounds that a thread asks before it sleeps; GNU's OpenMP alone knows this, which torch has on Linux
-)->None:
-    "Keep waiting threads from spinning, unless the user has said how they wait; call it before torch is loaded"
-    if 'torch' in sys.modules: return
-    said = 'OMP_WAIT_POLICY' in os.environ or 'GOMP_SPINCOUNT' in os.environ
-    if not said: os.environ['GOMP_SPINCOUNT'] = str(spins)
-    if 'IN_TEST' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')  # nbdev_test runs a page on each core
-
-# %% ../nbs/00a_core.ipynb #threads-used
-def threads_used()->dict:  # threads; waiting: how they wait, '' where the system decides
-    "How torch's threads work in this process"
-    import torch
-    names = 'OMP_WAIT_POLICY','GOMP_SPINCOUNT','KMP_BLOCKTIME'
-    waiting = ' '.join(f'{k}={os.environ[k]}' for k in names if k in os.environ)
-    return dict(threads=torch.get_num_threads(), waiting=waiting)
 
 # %% ../nbs/00a_core.ipynb #clock
 def clock(
