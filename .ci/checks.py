@@ -147,11 +147,13 @@ def modules(box):
 
 
 def executed(box):
-    "No notebook that papermill executed lies in nbs/"
+    "No notebook that papermill executed lies in nbs/, and git would show it there"
     tags = lambda cell: cell.get('metadata', {}).get('tags', [])
     bad = [p.name for p in (ROOT/'nbs').glob('*.ipynb') if any('injected-parameters' in tags(c) for c in code_cells(p))]
     if bad:
         raise Failed(f'{", ".join(bad)}: the next export would take it for a source; move it to the run folder')
+    if hidden := run('git', 'check-ignore', 'nbs/out.ipynb', 'nbs/out-1.ipynb', ok=(0, 1)).split():
+        raise Failed(f'.gitignore hides {", ".join(hidden)}, which the next export would take for a source')
 
 
 def page_measures(box):

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'FEW', 'PROGRAMS', 'OWN', 'EXAMPLES', 'COMMANDS', 'read_words', 'one_word', 'option_kind', 'read_options',
-           'help_text', 'options_text', 'option_line', 'is_done', 'results_folder', 'run_one', 'plan_runs',
-           'visible_gpus', 'run_several', 'child_environment', 'run_process', 'train', 'evaluate', 'soup', 'sweep',
-           'run_command', 'main']
+           'help_text', 'options_text', 'option_line', 'results_folder', 'notebook_path', 'run_one', 'plan_runs',
+           'visible_gpus', 'run_several', 'child_environment', 'child_words', 'run_process', 'train_runs', 'train',
+           'evaluate', 'soup', 'sweep', 'run_command', 'main']
 
 # %% ../nbs/05f_command.ipynb #imports
-import json, os, queue, subprocess, sys
+import glob, os, queue, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .core import project_path, this_rank
 from .folders import evaluation_folder
-from .headless import run_notebook
 from .lines import nearest
 from .parameters import NEEDED, SETTINGS, Setting, check_settings, check_value
-from .recipes import Resolved, deciding, file_hash, recipe_path, resolve, show
+from .core import project_path, results_path, this_rank
+from .headless import PARENT, end_with_parent, run_notebook, sigterm_is_ctrl_c
+from .recipes import Resolved, recipe_path, resolve, show
+from .refusals import check_names, check_recipe, check_train, check_writable
 
 # %% ../nbs/05f_command.ipynb #read-words
 def read_words(
@@ -113,45 +114,39 @@ def option_line(
     default = {NEEDED: 'from the recipe', None: 'none'}.get(setting.default, repr(setting.default))
     return f'  --{name:<14}{setting.kind.__name__:<6}{words}{setting.help} (default {default})'
 
-# %% ../nbs/05f_command.ipynb #is-done
-def is_done(
-    resolved:Resolved,  # settings of a run
-)->bool:
-    "Whether this run is finished"
-    folder = project_path(resolved.values['run'])
-    if not (folder/'scores.json').exists() or not (folder/'config.json').exists(): return False
-    try: config = json.loads((folder/'config.json').read_text())
-    except ValueError as e:
-        raise ValueError(f'{folder}/config.json is damaged ({e}); restore it, or delete the run folder') from e
-    if config['notes'].get('given', {}).get('data', '')!=resolved.values['data']: return False
-    wanted = dict(deciding(resolved), weights=file_hash(resolved.values['weights']))
-    if wanted['bf16'] is None: wanted.pop('bf16')  # the device decides
-    return all(k in config and config[k]==v for k,v in wanted.items())
-
 # %% ../nbs/05f_command.ipynb #results
 def results_folder(
-    program:str,  # train, evaluate or soup
+    program:str,  # evaluate or soup; a training run names its own
     given:dict,   # settings
 )->Path:
     "The folder for a recipe's results"
-    if program=='train': return project_path(resolve(given).values['run'])
+    if given.get('out') and program=='evaluate': return project_path(given['out'])
     if program=='soup': return project_path(given.get('out', SETTINGS['soup']['out'].default))
     return evaluation_folder({**{k: s.default for k,s in SETTINGS['evaluate'].items()}, **given})
+
+def notebook_path(
+    text:str,     # --notebook; '': beside the results
+    folder:Path,  # of the results
+    program:str,  # train, evaluate or soup
+)->Path:  # where the executed notebook goes; a ValueError or OSError says why it cannot go there
+    "The file of an executed notebook"
+    path = results_path(text or folder/f'{program}.ipynb')
+    if path.suffix!='.ipynb': raise ValueError(f'--notebook is a file that ends in .ipynb, not {text}')
+    for place in (folder, path.parent): check_writable(place)
+    return path
 
 # %% ../nbs/05f_command.ipynb #run-one
 def run_one(
     program:str,      # train, evaluate or soup
-    given:dict,       # settings
+    given:dict,       # checked settings
+    folder:Path,      # of the results
     notebook:str='',  # where the executed notebook goes; '': beside the results
 )->None:
-    "Run a program, unless it is a training run that is finished"
-    several = this_rank()[1]>1
-    if several and program!='train':
+    "Run a program"
+    if this_rank()[1]>1 and program!='train':
         raise ValueError(f'{program} needs one process; start it without torchrun or accelerate launch')
-    folder = results_folder(program, given)
-    # of several processes, the first one's notebook says whether the run is finished: others may not have its folder
-    if program=='train' and not several and is_done(resolve(given)): return print(f'{folder} is finished, skipped')
-    done = run_notebook(recipe_path(program), notebook or folder/f'{program}.ipynb', given)
+    final = notebook_path(notebook, folder, program)
+    done = run_notebook(recipe_path(program), final, given, folder)
     if this_rank()[0]==0: print(f'executed notebook: {done}')
 
 # %% ../nbs/05f_command.ipynb #plan-runs
@@ -182,15 +177,19 @@ def run_several(
     "Train several runs side by side, each line of output with the run's name before it"
     gpus = visible_gpus()
     jobs = min(jobs or max(1, len(gpus)), len(runs))
-    free = queue.SimpleQueue()
+    free,started = queue.SimpleQueue(),[]
     for j in range(jobs): free.put(gpus[j%len(gpus)] if gpus else None)
 
     def one(name, given):
         gpu = free.get()
-        code = run_process(name, given, child_environment(gpu, jobs))
-        free.put(gpu)
-        return code
-    with ThreadPoolExecutor(jobs) as pool: codes = list(pool.map(one, runs, runs.values()))
+        try: return run_process(name, given, child_environment(gpu, jobs), started)
+        finally: free.put(gpu)
+    with ThreadPoolExecutor(jobs) as pool:
+        try: codes = list(pool.map(one, runs, runs.values()))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # no further run
+            for process in started: process.terminate()
+            raise
     return [name for name,code in zip(runs, codes) if code]
 
 # %% ../nbs/05f_command.ipynb #run-process
@@ -199,26 +198,53 @@ def child_environment(
     jobs:int,      # runs that share the cores
 )->dict[str,str]:
     "Environment of one run among several"
-    env = dict(os.environ)
+    env = {**os.environ, PARENT: str(os.getpid())}
     if jobs>1: env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count()//jobs)))
     return env if gpu is None else {**env, 'CUDA_VISIBLE_DEVICES': gpu}
 
+def child_words(
+    given:dict,  # settings
+)->list[str]:  # of a command line
+    "The command that trains one run in a process of its own"
+    return [sys.executable, '-u', '-m', 'sportsreid.command', 'train',
+            *(f'--{k}={v}' for k,v in given.items() if v is not None)]
+
 def run_process(
-    name:str,   # of the run, written before each line
-    given:dict, # its settings
-    env:dict,   # environment
+    name:str,      # of the run, written before each line
+    given:dict,    # its settings
+    env:dict,      # environment
+    started:list,  # gets the process
 )->int:  # exit status
     "Train one run in a process of its own"
-    words = [sys.executable, '-u', '-m', 'sportsreid.command', 'train', *(f'--{k}={v}' for k,v in given.items())]
-    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    with subprocess.Popen(child_words(given), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors='replace', start_new_session=True) as p:
+        started.append(p)
         for line in p.stdout: print(f'{name}: {line}', end='', flush=True)
     return p.returncode
+
+# %% ../nbs/05f_command.ipynb #train-runs
+def train_runs(
+    runs:dict[str,dict],  # run folder: settings
+    plans:list[Resolved], # of each: every setting
+    notebook:str='',      # of a single run, see `run_one`
+    jobs:int|None=None,   # runs at a time, see `run_several`
+)->None:  # a ValueError, FileNotFoundError or OSError says what is wrong with one of them, before any begins
+    "Train the runs that are not finished"
+    todo = {}
+    for (folder,given),plan in zip(runs.items(), plans):
+        if check_train(plan): print(f'{project_path(folder)} is finished, skipped')
+        else: todo[folder] = given
+    for folder in todo: notebook_path(notebook, project_path(folder), 'train')
+    if len(runs)==1:
+        for folder,given in todo.items(): run_one('train', given, project_path(folder), notebook)
+    elif failed := todo and run_several({Path(f).name: given for f,given in todo.items()}, jobs):
+        sys.exit(f'{", ".join(failed)} failed (see above); the same command goes on from what is done')
 
 # %% ../nbs/05f_command.ipynb #train
 def train(
     words:list[str],        # of the command line, after the command
     command:str='train',    # or sweep, whose seeds are 1 to 5 where none are given
-)->list[str]:  # run folders; a ValueError says what is wrong with the words
+)->list[str]:  # run folders; a ValueError, FileNotFoundError or OSError says what is wrong, before a kernel starts
     "Train one run, or one for each seed"
     given,options = read_options(command, words)
     seeds = options['seeds'] or ([1,2,3,4,5] if command=='sweep' else [])
@@ -226,27 +252,30 @@ def train(
     runs = plan_runs(given, seeds)
     notebook = options.get('notebook', '')
     if notebook and len(runs)>1: raise ValueError('--notebook is one file; leave it out with several seeds')
-    folders = [resolve(run).values['run'] for run in runs]
-    if options.get('show'): print(show(resolve(runs[0])))
-    elif len(runs)==1: run_one('train', runs[0], notebook)
-    elif failed := run_several({Path(f).name: run for f,run in zip(folders, runs)}, options.get('jobs')):
-        sys.exit(f'{", ".join(failed)} failed (see above); the same command goes on from what is done')
+    plans = [resolve(run) for run in runs]
+    check_names(plans[0].values)  # the same for each seed
+    folders = [plan.values['run'] for plan in plans]
+    if command=='sweep' and ',' in folders[0]:
+        raise ValueError(f'a comma divides the members of a soup, so leave it out of the run folder {folders[0]}')
+    if options.get('show'): print(show(plans[0]))
+    else: train_runs(dict(zip(folders, runs)), plans, notebook, options.get('jobs'))
     return folders
 
 # %% ../nbs/05f_command.ipynb #evaluate
 def evaluate(
     words:list[str],  # of the command line, after the command
+    program:str='evaluate',  # or soup
 )->None:
-    "Score a run or a checkpoint"
-    given,options = read_options('evaluate', words)
-    run_one('evaluate', given, options.get('notebook', ''))
+    "Score a run or a checkpoint, or average runs"
+    given,options = read_options(program, words)
+    check_recipe(program, given)
+    run_one(program, given, results_folder(program, given), options.get('notebook', ''))
 
 def soup(
     words:list[str],  # of the command line, after the command
 )->None:
     "Average runs"
-    given,options = read_options('soup', words)
-    run_one('soup', given, options.get('notebook', ''))
+    evaluate(words, 'soup')
 
 def sweep(
     words:list[str],  # of the command line, after the command
@@ -256,7 +285,8 @@ def sweep(
     folders = train(words, 'sweep')
     if options.get('show'): return
     shared = {k: given[k] for k in SETTINGS['soup'] if k in given}
-    run_one('soup', dict(shared, runs=','.join(folders), out=f'{folders[0].rsplit("-s", 1)[0]}-soup'))
+    given = dict(shared, runs=','.join(map(glob.escape, folders)), out=f'{folders[0].rsplit("-s", 1)[0]}-soup')
+    run_one('soup', given, results_folder('soup', given))
 
 # %% ../nbs/05f_command.ipynb #main
 COMMANDS = dict(train=train, evaluate=evaluate, soup=soup, sweep=sweep)
@@ -276,13 +306,15 @@ def main(
     words:list[str]|None=None,  # command line; None: the program's own
 )->None:
     "sportsreid_run COMMAND --OPTION VALUE ..."
+    end_with_parent()
     try:
-        run_command(*(sys.argv[1:] if words is None else words))
+        with sigterm_is_ctrl_c(): run_command(*(sys.argv[1:] if words is None else words))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         sys.exit(1)
-    except (ValueError,FileNotFoundError) as e:
+    except KeyboardInterrupt: sys.exit('sportsreid_run was interrupted; the same command goes on from what is done')
+    except (ValueError,OSError) as e:
         if this_rank()[1]>1:
             from sportsreid.hosts import refuse_to_join  # imports torch
             refuse_to_join(str(e))

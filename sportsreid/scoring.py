@@ -16,12 +16,12 @@ from fastcore.basics import patch_to
 from pandas import DataFrame
 from torch import Tensor
 from .baselines import baselines
-from .core import project_path, short_path, write_whole
+from .core import project_path, read_config, short_path, write_whole
 from .data import fingerprint, read_soccernet
 from .devices import keep_memory, pick_device
 from .evaluate import Ranking
 from .features import extract_features, join_features
-from .folders import evaluation_folder, further_runs, read_config, unlike_crops
+from .folders import evaluation_folder, further_runs, unlike_crops
 from .images import CropFiles, PackedCrops, open_crops
 from .intervals import score_table
 from .models import ReIDModel

@@ -13,12 +13,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from pandas import DataFrame
 from torch import Tensor
-from .core import first_line, project_path, project_root, short_path, write_whole
+from .core import first_line, project_path, project_root, read_config, short_path, write_whole
 from .data import fingerprint, read_soccernet
 from .devices import keep_memory, pick_device
 from .evaluate import rank_features
 from .features import extract_features, join_features
-from .folders import find_members, read_config, unlike_crops
+from .folders import find_members, unlike_crops
 from .images import CropFiles, PackedCrops, load_batches, normalise, open_crops
 from .models import ReIDModel
 from .provenance import machine_record, ready_folder, weights_hash
