@@ -5,16 +5,13 @@
 # %% auto #0
 __all__ = ['project_root', 'project_path', 'short_path', 'results_path', 'temporary_path', 'left_over', 'write_whole',
            'check_disk', 'hold_lock', 'first_line', 'in_a_sentence', 'mix_seed', 'seeded', 'this_rank', 'single_thread',
-           'share_cores', 'threads_used', 'clock', 'progress', 'versions', 'read_config', 'read_scores', 'has_begun',
-           'check_same', 'open_run', 'write_log', 'read_log', 'trim_log', 'lazy_names']
+           'share_cores', 'threads_used', 'clock', 'progress', 'lazy_names']
 
 # %% ../nbs/00a_core.ipynb #imports
-import contextlib, importlib, importlib.metadata, json, os, platform, random, re, shutil, sys, time
+import contextlib, importlib, os, platform, random, re, shutil, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 import numpy as np  # pandas and torch are imported where they are used, for a fast start
-from filelock import FileLock, Timeout
 
 # %% ../nbs/00a_core.ipynb #project-root
 def project_root(
@@ -99,6 +96,9 @@ def write_whole(
         yield tmp
         with tmp.open('rb') as f: os.fsync(f.fileno())  # the data before the name, or a power cut keeps an empty file
         os.replace(tmp, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say which file
+        raise
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00a_core.ipynb #check-disk
@@ -241,143 +241,6 @@ def progress(
         print(f'{label}: {n}{left}, {rate:,.1f}/s', end=end, flush=True)
     if last>start: print(f'{label}: {n} in {clock(time.monotonic()-start)}')
 
-# %% ../nbs/00a_core.ipynb #versions
-def versions()->dict[str,str]:  # package: version
-    "Versions of everything that can change a result"
-    names = 'sportsreid', 'torch', 'torchvision', 'timm', 'numpy', 'pandas'
-    def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return 'not installed'
-    return {'python': platform.python_version(), **{n: version(n) for n in names}}
-
-# %% ../nbs/00a_core.ipynb #read-dict
-def _read_dict(path:Path, remedy:str)->dict:
-    "The JSON object in a file; {} where there is no file"
-    try: found,why = json.loads(path.read_bytes()), 'it holds no JSON object'
-    except (FileNotFoundError, NotADirectoryError): return {}
-    except OSError as e: raise OSError(f'{path} cannot be read ({e.strerror})') from e
-    except (ValueError, RecursionError) as e: found,why = None,first_line(e)
-    if isinstance(found, dict) and isinstance(found.get('notes', {}), dict): return found
-    raise ValueError(f'{path} is damaged ({why}); {remedy}')
-
-# %% ../nbs/00a_core.ipynb #read-config
-def read_config(
-    folder:str|Path,  # run folder
-)->dict:  # its settings and, as `notes`, what else is known of it; {} where there is no config.json
-    "What config.json says about a run"
-    config = _read_dict(Path(folder)/'config.json', 'restore it, or delete the run folder to start again')
-    return config and {**config, 'notes': config.get('notes', {})}
-
-def read_scores(
-    folder:str|Path,  # run folder
-)->dict|None:  # split: name: score; None: there is no scores.json, so the run is not finished
-    "The final scores of a run"
-    path = Path(folder)/'scores.json'
-    if not path.exists(): return None
-    return _read_dict(path, 'delete that file, and the command that trained the run scores it again')
-
-# %% ../nbs/00a_core.ipynb #looks-new
-def _looks_new(folder:Path)->bool:
-    "Whether a folder holds nothing yet but papermill's copy of the notebook, which may come first"
-    return folder.is_dir() and all(p.suffix=='.ipynb' or p.name[0]=='.' for p in folder.iterdir())
-
-# %% ../nbs/00a_core.ipynb #check-same
-def has_begun(
-    folder:str|Path,  # run folder
-)->bool:
-    "Whether a run has left anything to keep: a state, weights, scores, or a process that is about to"
-    names,lock = ('last.pt','best.safetensors','scores.json'), Path(folder)/'.lock'
-    if any((Path(folder)/name).exists() for name in names): return True
-    if not lock.exists(): return False
-    try: FileLock(lock, timeout=0).acquire().lock.release()
-    except (Timeout, OSError): return True
-    return False
-
-def check_same(
-    folder:str|Path,   # run folder, which may not be there
-    config:dict,       # parameters of a run
-    whole:bool=False,  # they are all there are, so one that only the folder has is a difference, too
-)->bool:  # whether this run is there; a ValueError names the differences if another one has begun there
-    "Compare a run with the one in a folder"
-    try: old = read_config(folder)
-    except ValueError:
-        if has_begun(folder): raise
-        return False
-    names = sorted({*config, *(old if whole else ())}-{'notes'})
-    unlike = [f'{k}: {old.get(k)!r} there, {config.get(k)!r} now' for k in names if old.get(k)!=config.get(k)]
-    if not old or (unlike and not has_begun(folder)): return False
-    if not unlike: return True
-    raise ValueError(f'{folder} holds a run with other parameters ({"; ".join(unlike)}); '
-                     'give this run another name or delete that folder')
-
-# %% ../nbs/00a_core.ipynb #open-run
-def open_run(
-    folder:str|Path,  # e.g. runs/tiny-s0
-    config:dict,      # every parameter that decides the result, JSON types only
-    **notes,          # what else to keep in config.json, e.g. where the data lay
-)->Path:  # the folder, holding config.json; ValueError if it holds anything but a run with these parameters
-    "Make a run folder, or open the one of an earlier run with the same parameters"
-    folder = Path(folder).expanduser()
-    path = results_path(folder.absolute())/'config.json'
-    config = json.loads(json.dumps(config))  # tuples become lists, as they will be when read back
-    if check_same(folder, config, whole=True): return folder
-    if folder.exists() and not path.exists() and not _looks_new(folder):
-        raise ValueError(f'{folder} exists and is not a run folder (it has no config.json); give the run another name')
-    text = json.dumps({**config, 'notes': {**notes, 'versions': versions()}}, indent=1)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with write_whole(path) as tmp: tmp.write_text(text)
-    except OSError as e:
-        raise OSError(f'Cannot write the run folder {folder} ({e.strerror}); choose another with -p run FOLDER') from e
-    return folder
-
-# %% ../nbs/00a_core.ipynb #write-log
-def write_log(
-    folder:str|Path,  # run folder
-    **values,         # what to note, JSON types only, e.g. step=10, loss=0.7
-)->None:
-    "Append one line to log.jsonl"
-    path = Path(folder)/'log.jsonl'
-    try:
-        with path.open('a') as f: f.write(json.dumps(values)+'\n')
-    except OSError as e:
-        raise OSError(f'Cannot write {path} ({e.strerror}); see to it, and the same command goes on '
-                      'from the last state that was saved') from e
-
-# %% ../nbs/00a_core.ipynb #read-log
-def read_log(
-    folder:str|Path,  # run folder
-)->Any:  # DataFrame: a row for each line, a column for each name; empty if there is no log
-    "Read log.jsonl, without a line that a crash cut short"
-    import pandas as pd
-    return pd.DataFrame(_log_rows(folder))
-
-# %% ../nbs/00a_core.ipynb #log-rows
-def _log_row(line:str)->dict:
-    "One line; {} if it is no record"
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): return {}
-    return row if isinstance(row, dict) and isinstance(row.get('step', 0), (int,float)) else {}
-
-def _log_rows(folder:str|Path)->list[dict]:
-    path = Path(folder)/'log.jsonl'
-    text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
-    rows = list(map(_log_row, text.splitlines()))
-    lost = [i for i,row in enumerate(rows[:-1], 1) if not row]
-    if lost: print(f'NOTE: {len(lost)} lines of {short_path(path)} cannot be read and are left out: {lost[0]}, ...')
-    return list(filter(None, rows))
-
-# %% ../nbs/00a_core.ipynb #trim-log
-def trim_log(
-    folder:str|Path,  # run folder
-    step:int,         # the last step to keep
-)->None:
-    "Remove what was logged after `step`"
-    path = Path(folder)/'log.jsonl'
-    if not path.exists(): return
-    kept = [row for row in _log_rows(folder) if 'step' in row and row['step']<=step]
-    with write_whole(path) as tmp: tmp.write_text(''.join(json.dumps(row)+'\n' for row in kept))
-
 # %% ../nbs/00a_core.ipynb #lazy-names
 def lazy_names(
     module:str,   # `__name__` of the module that lends the names
@@ -389,3 +252,7 @@ def lazy_names(
         if name not in names: raise AttributeError(f'module {module!r} has no attribute {name!r}')
         return getattr(importlib.import_module(f'{package}.{names[name]}'), name)
     return __getattr__
+
+# %% ../nbs/00a_core.ipynb #lent
+__getattr__ = lazy_names(__name__, **dict.fromkeys(
+    ('versions','read_config','read_scores','check_same','open_run','write_log','read_log','trim_log'), 'record'))

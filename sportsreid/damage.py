@@ -42,8 +42,11 @@ def look_at_crops(
         found = list(progress(chain.from_iterable(pool.map(_look, few)), 'checking crops', len(crops)))
     looked = pd.DataFrame(found, columns=['height','width','fault'], index=crops.index)
     if file and looked.fault.str.match('$|cannot be decoded').all():  # anything else may be mended without a trace
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(file) as tmp: tmp.write_text(json.dumps(looked.to_dict('list')))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with write_whole(file) as tmp: tmp.write_text(json.dumps(looked.to_dict('list')))
+        except OSError as e:
+            raise OSError(f'Cannot keep {file} ({e.strerror}); make room, choose another folder, or go without') from e
     return looked
 
 # %% ../nbs/01ba_damage.ipynb #list-faults
@@ -66,7 +69,8 @@ def check_files(
     "Decode every crop, or say which cannot be"
     looked = look_at_crops(crops, n_workers)
     if (looked.fault!='').any():
-        raise ValueError(f'{list_faults(crops, looked)}\nfetch them again, or leave them out with drop_bad_crops')
+        raise ValueError(f'{list_faults(crops, looked)}\n'
+                         'fetch them again, or leave them out: drop_bad in a run, drop_bad_crops in Python')
     sizes = looked[['height','width']]
     if {'height','width'} <= set(crops):
         other = (crops[['height','width']]!=sizes).any(axis=1)
@@ -99,6 +103,7 @@ def drop_bad_crops(
     if bad.all(): raise ValueError(f'{list_faults(crops, looked, most=3)}\nfetch them again')
     if bad.any(): print(f'{list_faults(crops, looked, most=10)}\nthey are left out', flush=True)
     kept = drop_unmatched(crops[~bad])
-    if not len(kept): raise ValueError(f'No crop is left, after damaged ones and queries without a match; first: '
-                                       f'{crops.path.iloc[0]}; download the split again')
+    lost = sorted(set(crops.role)-set(kept.role))
+    if lost: raise ValueError(f'No {" or ".join(lost)} crop is left without damage and with a match; first: '
+                              f'{crops.path.iloc[0]}; download the split again')
     return check_crops(kept)

@@ -88,9 +88,9 @@ def _check_matches(crops:pd.DataFrame):
         raise ValueError(f'The table has {there}; one is ranked against the other, so give both')
     hidden = gallery & (crops.pid<0)
     if hidden.any() and (query & (crops.pid>=0)).any():
-        raise ValueError(f'{hidden.sum()} gallery crops hide their pid (-1) and queries show theirs ({name_rows(hidden)}), '
-                         "so no ranking can be scored; drop them with crops[~((crops.role=='gallery') & (crops.pid<0))], "
-                         'or keep them as distractors with number_distractors(crops)')
+        raise ValueError(f'{hidden.sum()} gallery crops hide pids (-1), queries show theirs ({name_rows(hidden)}); '
+                         "drop them with crops[(crops.role!='gallery') | (crops.pid>=0)], or keep them as distractors "
+                         'with number_distractors(crops)')
     bad = unmatched(crops)
     if bad.any():
         r = crops[bad].iloc[0]
@@ -201,7 +201,7 @@ def _find_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:str, drop:
     gone = pd.isna(found)
     if gone.any():
         lost = f'{info} names {gone.sum()} crops that are not in {folder}; first: {rows.path[gone].iloc[0]}'
-        if not drop or gone.all(): raise ValueError(f'{lost}; unpack or download the split again, or leave them out with drop_bad')
+        if not drop or gone.all(): raise ValueError(f'{lost}; unpack the split again, or leave them out with drop_bad')
         warnings.warn(f'{lost}; they are left out')
     more = int((~on_disk.isin(found)).sum())
     if more: warnings.warn(f'{more} images in {folder} are not in {info} and are left out')
@@ -228,8 +228,8 @@ def _check_once(rows:pd.DataFrame, folder:Path):
     twice = rows.duplicated(['role','bbox'], keep=False)
     if not twice.any(): return
     first = rows[twice].groupby(['role','bbox'], sort=False).path.agg(list).iloc[0]
-    raise ValueError(f'{twice.sum()} crops in {folder} share bbox and role with another; first: {first[0]} and {first[1]}; '
-                     'if the split was unpacked twice remove one copy, else give each crop a bbox of its own')
+    raise ValueError(f'{twice.sum()} crops in {folder} share bbox and role with another; first: {first[0]} and '
+                     f'{first[1]}; if the split was unpacked twice remove one copy, else give each a bbox of its own')
 
 # %% ../nbs/01_data.ipynb #read-split
 def _read_split(root:Path, split:str, drop:bool=False)->pd.DataFrame:

@@ -27,11 +27,11 @@ def _list_members(z:ZipFile, split:str)->list[ZipInfo]:
     members = [m for m in z.infolist() if m.filename and not m.is_dir() and not m.filename.startswith('__MACOSX/')]
     names = sorted(m.filename for m in members)
     twice = next((a for a,b in zip(names, names[1:]) if a==b), None)
-    if twice: raise ValueError(f'{z.filename} holds {twice!r} twice; nothing of it was unpacked, delete it and run this again')
+    if twice: raise ValueError(f'{z.filename} holds {twice!r} twice; nothing was unpacked, delete it and try again')
     return members
 
 # %% ../nbs/01a_download.ipynb #unpack-split
-DAMAGE = BadZipFile, EOFError, zlib.error
+DAMAGE = BadZipFile, EOFError, UnicodeDecodeError, zlib.error
 
 def unpack_split(
     path:str|Path,    # a zip; a leading folder of the split's name is dropped
@@ -66,8 +66,9 @@ def _explained(url:str, root:Path)->Iterator[None]:
     "Say in one sentence why a zip of the hub cannot be had"
     try: yield
     except Exception as e:
-        if _of_disk(e): raise OSError(f'Cannot keep {url} in {root} ({e.strerror}); make room or choose another folder, '
-                                      'and run this again') from e
+        if _of_disk(e):
+            raise OSError(f'Cannot keep {url} in {root} ({e.strerror}); make room or choose another folder, '
+                          'and run this again') from e
         raise OSError(f'{url} {_why(e, _status(e))}, or put the zip into {root} by hand, and run this again') from e
 
 def _of_disk(e:Exception)->bool:

@@ -7,7 +7,7 @@ __all__ = ['IMAGENET', 'show_crops', 'decode_crop', 'read_crop', 'empty_floats',
            'pack_crops', 'open_crops', 'load_batches']
 
 # %% ../nbs/01b_images.ipynb #imports
-import json, math, os
+import json, math, os, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,9 @@ from torchvision.io import ImageReadMode, decode_image
 from .core import check_disk, first_line, hold_lock, progress, project_path, write_whole
 from .data import fingerprint
 from .files import check_image, file_stats, files_digest
+
+# %% ../nbs/01b_images.ipynb #torchvision-warning
+warnings.filterwarnings('ignore', 'The image decoding and encoding', DeprecationWarning)
 
 # %% ../nbs/01b_images.ipynb #show-crops
 def show_crops(

@@ -56,7 +56,7 @@ def check_options(
     return {k: options.get(k, values[0]) for k,values in OPTIONS.items()}
 
 # %% ../nbs/04_models.ipynb #timm-config
-def _is_timm(name:str)->bool:
+def is_timm(name:str)->bool:
     "Whether timm knows a network and, after a dot, its weights"
     try: return timm.is_model(name) and bool(timm.get_pretrained_cfg(name))
     except RuntimeError: return False
@@ -64,13 +64,13 @@ def _is_timm(name:str)->bool:
 def _timm_config(arch:str, row:dict):
     "What timm lists for a network: input size, colours, classes"
     if 'backbone' in row: return timm.get_pretrained_cfg('resnet50.tv_in1k')  # fed as torchvision's networks are
-    if _is_timm(row['timm']): return timm.get_pretrained_cfg(row['timm'])
+    if is_timm(row['timm']): return timm.get_pretrained_cfg(row['timm'])
     near = difflib.get_close_matches(arch, [*ARCHS, *timm.list_models()], n=3)
     hint = f'; did you mean {", ".join(near)}?' if near else ';'
     raise ValueError(f'Unknown arch {arch!r}{hint} It is one of {", ".join(ARCHS)}, or any name of timm.list_models()')
 
 # %% ../nbs/04_models.ipynb #projection
-def _projection(cfg)->int:
+def projection_width(cfg)->int:
     "Width of a CLIP tower's projection, 0 where timm's weights have none"
     name = f'{cfg.architecture}.{cfg.tag}'
     return cfg.num_classes if re.search('clip|vit_pe_core', name) and '_ft_in' not in name else 0
@@ -92,7 +92,7 @@ def make_spec(
         raise ValueError(f'size is height and width of the input, 16 or more each, not {size}')
     kwargs = dict(row.get('kwargs', {}))
     if cfg.fixed_input_size and size!=list(cfg.input_size[1:]): kwargs['img_size'] = size
-    width = _projection(cfg)
+    width = projection_width(cfg)
     if options['neck']=='none' and width: kwargs['num_classes'] = width
     if drop_path: kwargs['drop_path_rate'] = drop_path
     mean,std = (list(row.get(k, getattr(cfg, k))) for k in ('mean','std'))

@@ -10,8 +10,8 @@ import re, warnings
 import numpy as np, pandas as pd
 
 # %% ../nbs/00d_names.ipynb #name-patterns
-CROP_NAME = re.compile(r'(?P<bbox>\d{1,15})-(?P<action>\d{1,15})-(?P<pid>\d{1,15})-(?P<frame>\d{1,15})-(?P<person>[^-]+)-(?P<jersey>[^-]*)'
-                       r'-[^-]+-(?P<height>\d{1,15})x(?P<width>\d{1,15})\.\w+')
+CROP_NAME = re.compile(r'(?P<bbox>\d{1,15})-(?P<action>\d{1,15})-(?P<pid>\d{1,15})-(?P<frame>\d{1,15})'
+                       r'-(?P<person>[^-]+)-(?P<jersey>[^-]*)-[^-]+-(?P<height>\d{1,15})x(?P<width>\d{1,15})\.\w+')
 CHALLENGE_NAME = re.compile(r'(?P<bbox>\d{1,15})-(?P<action>\d{1,15})-(?P<height>\d{1,15})x(?P<width>\d{1,15})\.\w+')
 
 # %% ../nbs/00d_names.ipynb #parse-names

@@ -166,6 +166,7 @@ MACHINE = dict(
     device        = Setting(str, '', "cuda, mps or cpu; '': the best there is"),
     processes     = Setting(int, 1, 'to start from the notebook, one a GPU; 1 under a launcher', '[1,inf)'),
     packs         = Setting(str, 'data/packed', "folder of resized crops and tables; '': read each time"),
+    drop_bad      = Setting(bool, False, 'leave out crops that are gone or damaged, instead of stopping'),
     n_workers     = Setting(int, None, 'threads that decode; none: one a core'),
     channels_last = Setting(bool, True, 'images as (B,H,W,3) in memory, which suits convolutions'),
     compile       = Setting(bool, False, 'let torch.compile write the network anew, which takes minutes'),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 import timm
 from .core import first_line
-from .models import ARCHS, OPTIONS, _is_timm, _projection, check_options
+from .models import ARCHS, OPTIONS, is_timm, projection_width, check_options
 
 # %% ../nbs/04ab_spec.ipynb #rules
 def is_number(
@@ -36,7 +36,7 @@ def are_numbers(
 # %% ../nbs/04ab_spec.ipynb #spec-rules
 RULES:dict[str,tuple[str,Callable]] = dict(
     arch = ('the name of a network', lambda v: isinstance(v, str)),
-    timm = ('the name of a network of timm, or null', lambda v: v is None or isinstance(v, str) and _is_timm(v)),
+    timm = ('the name of a network of timm, or null', lambda v: v is None or isinstance(v, str) and is_timm(v)),
     kwargs = ('a table', lambda v: isinstance(v, dict)),
     num_pids = ('how many classes there are, or null', lambda v: v is None or is_number(v, 1, 10**6, int)),
     size = ('height and width, 16 to 4096 pixels each', lambda v: are_numbers(v, 2, 16, 4096, int)),
@@ -50,7 +50,7 @@ def _kwargs_faults(spec:dict)->list[str]:
     "What keeps the keywords of a spec from being those of `make_spec`"
     row = ARCHS.get(spec['arch'], {})
     own = json.loads(json.dumps(row.get('kwargs', {})))
-    width = _projection(timm.get_pretrained_cfg(spec['timm'])) if spec['timm'] else 0
+    width = projection_width(timm.get_pretrained_cfg(spec['timm'])) if spec['timm'] else 0
     may = {**own, 'img_size': spec['size'], 'num_classes': width or None}
     def fault(k, v):
         if k=='drop_path_rate': return '' if is_number(v, 0, .999) else f'drop_path_rate is a share, not {v!r}'
