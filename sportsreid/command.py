@@ -128,8 +128,6 @@ def run_one(
     notebook:str='',  # where the executed notebook goes; '': beside the results
 )->None:
     "Run a program"
-    if this_rank()[1]>1 and program!='train':
-        raise ValueError(f'{program} needs one process; start it without torchrun or accelerate launch')
     final = notebook_path(notebook, folder, program)
     done = run_notebook(recipe_path(program), final, given, folder)
     if this_rank()[0]==0: print(f'executed notebook: {done}')
@@ -215,9 +213,9 @@ def train_runs(
     jobs:int|None=None,   # runs at a time, see `run_several`
 )->None:  # a ValueError, FileNotFoundError or OSError says what is wrong with one of them, before any begins
     "Train the runs that are not finished"
-    todo = {}
+    todo,several = {},this_rank()[1]>1  # another host may not have the run folder: the first one's notebook looks
     for (folder,given),plan in zip(runs.items(), plans):
-        if check_train(plan): print(f'{project_path(folder)} is finished, skipped')
+        if not several and check_train(plan): print(f'{project_path(folder)} is finished, skipped')
         else: todo[folder] = given
     for folder in todo: notebook_path(notebook, project_path(folder), 'train')
     if len(runs)==1:
@@ -285,6 +283,8 @@ def run_command(
     if command not in COMMANDS:
         sys.exit(f'sportsreid_run: there is no command {command!r}{nearest(command, COMMANDS)}; --help lists them')
     if '--help' in rest or '-h' in rest: return print(options_text(command))
+    if command in ('evaluate','soup') and this_rank()[1]>1:
+        raise ValueError(f'{command} needs one process; start it without torchrun or accelerate launch')
     COMMANDS[command](list(rest))
 
 def main(
