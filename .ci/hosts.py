@@ -312,32 +312,34 @@ def begin(hosts, log, run):
     return processes
 
 
+def kill_one(hosts, processes, gone):
+    "Kill a host; the other says who is gone: how many seconds that took, and its sentence"
+    hosts[gone].kill()
+    other = processes[1-gone]
+    taken = ends([other], 120)
+    said = sentence(other)
+    holds(f'rank {gone} on' in said, said)
+    print(f'        {said}')
+    return taken[0], said
+
+
 def killed(box, hosts):
     "The second host is killed: the first says so and keeps the state; it goes on alone"
-    processes = begin(hosts, 'killed', 'runs/half')
-    hosts[1].kill()
-    taken = ends([processes[0]], 120)
-    said = sentence(processes[0])
-    holds('rank 1 on' in said and 'last.pt is the state after step' in said, said)
-    print(f'        {said}')
+    taken, said = kill_one(hosts, begin(hosts, 'killed', 'runs/half'), 1)
+    holds('last.pt is the state after step' in said, said)
     saved = state(hosts[0].disk/'runs/half')
     holds(f'after step {saved};' in said, saved, said)
     alone = hosts[0].start([sys.executable, '-m', *train_words('runs/half', **LONG)], 'alone', SPORTSREID_DATA=DATA[0])
     wait_for(lambda: f'after step {saved}' in alone.said() or alone.poll() is not None, 200)
     holds('continuing in epoch' in alone.said(), alone.said()[-2000:])
     wait_for(lambda: state(hosts[0].disk/'runs/half') > saved, 100)
-    return f'{taken[0]:.1f} s after the kill; one host goes on from step {saved}'
+    return f'{taken:.1f} s after the kill; one host goes on from step {saved}'
 
 
 def first_killed(box, hosts):
     "The first host is killed: the second says so"
-    processes = begin(hosts, 'first-killed', 'runs/first')
-    hosts[0].kill()
-    taken = ends([processes[1]], 120)
-    said = sentence(processes[1])
-    holds('rank 0 on' in said, said)
-    print(f'        {said}')
-    return f'{taken[0]:.1f} s after the kill'
+    taken, _ = kill_one(hosts, begin(hosts, 'first-killed', 'runs/first'), 0)
+    return f'{taken:.1f} s after the kill'
 
 
 def cable(box, hosts):
