@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'project_path', 'short_path', 'results_path', 'temporary_path', 'left_over', 'write_whole',
-           'check_disk', 'hold_lock', 'first_line', 'in_a_sentence', 'mix_seed', 'seeded', 'this_rank', 'single_thread',
-           'share_cores', 'threads_used', 'clock', 'progress', 'lazy_names']
+           'check_disk', 'locked', 'hold_lock', 'first_line', 'in_a_sentence', 'mix_seed', 'seeded', 'this_rank',
+           'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'lazy_names']
 
 # %% ../nbs/00a_core.ipynb #imports
 import contextlib, importlib, os, platform, random, re, shutil, sys, time
@@ -114,23 +114,31 @@ def check_disk(
 
 # %% ../nbs/00a_core.ipynb #hold-lock
 @contextlib.contextmanager
+def locked(
+    path:str|Path,      # the lock's file; its folder must exist
+    waiting:str,        # what to say if another process has it
+    refused:Exception,  # raised once the patience is over
+    patience:float=-1,  # seconds to wait; -1: as long as it takes
+)->Iterator[None]:
+    "Hold a lock inside the block; if another process has it, say so and wait"
+    from filelock import FileLock, Timeout
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, flush=True)
+        try: lock.acquire(timeout=patience)
+        except Timeout as e: raise refused from e
+    try: yield
+    finally: lock.release()
+
 def hold_lock(
     path:str|Path,      # the lock's file; its folder must exist
     doing:str,          # what a process does that holds it, e.g. 'packing crops'
     patience:float=-1,  # seconds to wait; -1: as long as it takes
-)->Iterator[None]:  # TimeoutError once the patience is over
-    "Hold a lock inside the block; if another process has it, say so and wait"
-    from filelock import FileLock, Timeout
-    lock = FileLock(path)
-    try:
-        try: lock.acquire(timeout=0)
-        except Timeout:
-            print(f'another process is {doing} in {Path(path).parent}; waiting for it', flush=True)
-            lock.acquire(timeout=patience)
-    except Timeout as e:
-        raise TimeoutError(f'Another process is {doing} in {Path(path).parent}; wait for it or stop it') from e
-    try: yield
-    finally: lock.release()
+)->contextlib.AbstractContextManager:  # TimeoutError once the patience is over
+    "Hold a lock for work that processes share"
+    who = f'process is {doing} in {Path(path).parent}'
+    return locked(path, f'another {who}; waiting for it', TimeoutError(f'Another {who}; wait for it or stop it'), patience)
 
 # %% ../nbs/00a_core.ipynb #first-line
 def first_line(

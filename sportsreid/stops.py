@@ -9,9 +9,8 @@ __all__ = ['stopped_at', 'no_memory', 'enough_memory', 'saving', 'stop_asked', '
 import contextlib, signal, threading, torch
 from collections.abc import Iterator
 from pathlib import Path
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from .core import first_line
+from .core import first_line, locked
 
 # %% ../nbs/05aa_stops.ipynb #stopped-at
 @contextlib.contextmanager
@@ -79,18 +78,11 @@ def stop_asked()->Iterator[threading.Event]:  # set once somebody has pressed Ct
     finally: restore()
 
 # %% ../nbs/05aa_stops.ipynb #run-alone
-@contextlib.contextmanager
 def run_alone(
     folder:str|Path,      # run folder
     patience:float=60.,   # seconds to wait for another process
-)->Iterator[None]:  # a ValueError if another process keeps the folder
+)->contextlib.AbstractContextManager:  # a ValueError if another process keeps the folder
     "Keep a second process from training in the same folder"
-    lock = FileLock(Path(folder)/'.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        print(f'{folder} is being trained by another process; waiting up to {patience:g} s for it', flush=True)
-        try: lock.acquire(timeout=patience)
-        except Timeout as e:
-            raise ValueError(f'{folder} is being trained by another process; wait for it or stop it') from e
-    try: yield
-    finally: lock.release()
+    who = f'{folder} is being trained by another process'
+    waiting = f'{who}; waiting up to {patience:g} s for it'
+    return locked(Path(folder)/'.lock', waiting, ValueError(f'{who}; wait for it or stop it'), patience)
