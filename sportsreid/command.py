@@ -271,7 +271,7 @@ def sweep(
     given = dict(shared, runs=','.join(map(glob.escape, folders)), out=f'{folders[0].rsplit("-s", 1)[0]}-soup')
     run_one('soup', given, results_folder('soup', given))
 
-# %% ../nbs/05f_command.ipynb #main
+# %% ../nbs/05f_command.ipynb #commands
 COMMANDS = dict(train=train, evaluate=evaluate, soup=soup, sweep=sweep)
 
 def run_command(
@@ -287,6 +287,7 @@ def run_command(
         raise ValueError(f'{command} needs one process; start it without torchrun or accelerate launch')
     COMMANDS[command](list(rest))
 
+# %% ../nbs/05f_command.ipynb #main
 def main(
     words:list[str]|None=None,  # command line; None: the program's own
 )->None:
@@ -301,7 +302,8 @@ def main(
     except KeyboardInterrupt: sys.exit('sportsreid_run was interrupted; the same command goes on from what is done')
     except (ValueError,OSError) as e:
         if this_rank()[1]>1:
-            from sportsreid.hosts import refuse_to_join; refuse_to_join(str(e))  # imports torch
+            from sportsreid.hosts import refuse_to_join  # imports torch
+            refuse_to_join(str(e))
         sys.exit(f'sportsreid_run: {e}')
     except ModuleNotFoundError as e:
         sys.exit(f"sportsreid_run: {e.name} is not installed; pip install 'sportsreid[train]' brings it")
