@@ -106,7 +106,7 @@ def readme_commands(box):
     times = re.findall(r'^(\S+\.ipynb): (\d+) secs$', said, flags=re.M)
     print('seconds of each notebook: '+(', '.join(f'{n[:-6]} {s}' for n, s in times) or 'not measured, since one failed'))
     if done.returncode or not re.search(r'^Success\.$', said, flags=re.M):
-        raise Failed(tail(said, 80))
+        raise Failed(tail(said.rpartition('Successfully installed')[2], 80))  # of pip only what it said last
 
 
 def nothing_left(box):
@@ -424,7 +424,7 @@ def main():
                 why = attempt(check, Path(tmp))
                 lines.append(f'{"FAIL" if why else "PASS"} {time.monotonic()-start:6.0f} s  {check.__doc__}')
                 print(lines[-1]+(f'\n{why}' if why else ''), flush=True)
-                passed, failed = passed+(not why), failed+[check.__doc__]*bool(why)
+                passed, failed = passed+(not why), failed+[f'{check.__doc__}\n{tail(why, 25)}']*bool(why)
             if tree() != before:
                 failed.append(f'{job} leaves the tree as it was')
                 print(f'FAIL {failed[-1]}', flush=True)
@@ -432,7 +432,7 @@ def main():
     print(summary)
     if target := os.environ.get('GITHUB_STEP_SUMMARY'):
         Path(target).write_text(f'```{summary}\n```\n')
-    print(f'{passed} passed, {len(failed)} failed')
+    print('\n'.join(['', *failed, f'{passed} passed, {len(failed)} failed']))  # why, again: a log is read from its end
     sys.exit(bool(failed) or not passed)
 
 
