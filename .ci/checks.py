@@ -322,6 +322,34 @@ def unknown(box):
         raise Failed(said)
 
 
+NO_WARNINGS = """
+import importlib, json, pkgutil, sys, warnings
+from IPython.core.interactiveshell import InteractiveShell
+import sportsreid
+for module in pkgutil.iter_modules(sportsreid.__path__):
+    importlib.import_module(f'sportsreid.{module.name}')
+shell = InteractiveShell.instance()
+notebook, given = sys.argv[1:]
+strict = 'import warnings; warnings.simplefilter("error"); warnings.filterwarnings("ignore", "The image decoding and encoding")'
+for cell in json.load(open(notebook, encoding='utf-8'))['cells']:
+    if cell['cell_type'] != 'code':
+        continue
+    done = shell.run_cell(strict+'\\n'+''.join(cell['source']))
+    if not done.success:
+        sys.exit(f'cell {cell["id"]}: {done.error_in_exec!r}')
+    if 'parameters' in cell['metadata'].get('tags', []):
+        shell.user_ns.update(json.loads(given))
+"""
+
+
+def warnings(box):
+    "Importing every module and a short training give no warning, but torchvision's that its decoders will move to TorchCodec"
+    given = dict(data=str(box/'broadcast'), steps=8, run='runs/quiet')
+    words = [BIN/'python', '-W', 'error', '-c', NO_WARNINGS, ROOT/'nbs/05_train.ipynb', json.dumps(given)]
+    run(*words, cwd=box/'whole', MPLBACKEND='Agg')
+    holds(box/'whole/runs/quiet', 'scores.json')
+
+
 def kill_tree(pid):
     python(f'import psutil; p = psutil.Process({pid}); [o.kill() for o in [*p.children(recursive=True), p]]')
 
@@ -388,7 +416,7 @@ def benchmark(box):
 JOBS = {
     'quick': [[readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
                machine_paths, names, light]],
-    'end-to-end': [[broadcast, sweep, program, again, evaluate, apart, published, unknown, killed, wheel],
+    'end-to-end': [[broadcast, sweep, program, again, evaluate, apart, published, unknown, warnings, killed, wheel],
                    [parity, benchmark, ranks, tour, faults]],
 }
 
