@@ -250,7 +250,7 @@ def sweep(box):
     "sportsreid_run sweep trains two seeds side by side and ends in soups"
     (box/'whole').mkdir()
     run(BIN/'sportsreid_run', 'sweep', '--data', box/'broadcast', '--arch', 'tiny', '--epochs', EPOCHS,
-        '--seeds', 1, 2, '--jobs', 2, cwd=box/'whole', quiet=False)
+        '--seeds', 1, 2, '--jobs', 2, cwd=box/'whole')
     for seed in (1, 2):
         holds(box/f'whole/runs/tiny-s{seed}', *RUN_FILES)
     soups = box/'whole/runs/tiny-soup'
