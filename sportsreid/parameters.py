@@ -121,7 +121,7 @@ RUN = dict(
 NETWORK = dict(
     arch          = Setting(str, 'tiny', 'network: a name in ARCHS, or of timm'),
     pretrained    = Setting(bool, True, 'start from ImageNet weights, where the architecture has some'),
-    weights       = Setting(str, '', "file to start from, such as a run's best.safetensors; '': from the hub"),
+    weights       = Setting(str, '', "file or run folder to start from; '': ImageNet weights from the hub"),
     init_seed     = Setting(int, None, 'of new layers only; none: seed'),
     size          = Setting(str, None, "of the input, such as 256x128; none: the network's own", read_size),
     fit           = Setting(str, 'stretch', 'how crops are brought to that size', ('stretch','pad')),
@@ -175,7 +175,7 @@ METHOD = {**NETWORK, **BATCHES, **STEPS}
 TRAIN = {**RUN, **METHOD, **MACHINE}
 
 # %% ../nbs/05d_parameters.ipynb #settings-evaluate
-SHARED = {k: MACHINE[k] for k in ('packs','n_workers','device')}
+SHARED = {k: MACHINE[k] for k in ('packs','drop_bad','n_workers','device')}
 EVALUATE = dict(
     run         = Setting(str, '', "run folder; '': runs/tiny-s0, else the newest; of a checkpoint runs/<arch>-<file>"),
     checkpoint  = Setting(str, '', 'file of the original or of torchreid to evaluate; needs arch'),

@@ -131,6 +131,9 @@ def say_run(
     if values['accumulate']>1:
         print(f'NOTE: {values["accumulate"]} batches share a step, but all losses except cross entropy see '
               f'{values["batch_size"]} crops at a time; a larger batch_size with checkpointing may be better')
+    how = threads_used()
+    waiting = how['waiting'] or 'as the system has them'
+    print(f'computing on {run.machine.device} with {how["threads"]} threads (waiting: {waiting})')
     print(f'training on {len(crops)} crops of {crops.pid.nunique()} players in {crops.action.nunique()} actions; '
           f'run folder {short_path(run.folder)}'+(', which is finished' if run.finished else ''))
 

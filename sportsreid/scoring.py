@@ -171,7 +171,8 @@ def _read_tables(root, splits, values):
         raise ValueError(f'{root} holds no valid split to tune the re-ranking on; give its constants, '
                          'such as -p temperature 0.1')
     wanted = [*splits, 'valid'] if tunes else splits
-    return {s: read_soccernet(root, s, cache=values['packs']) for s in dict.fromkeys(wanted)}
+    how = dict(cache=values['packs'], drop_bad=values['drop_bad'])
+    return {s: read_soccernet(root, s, **how) for s in dict.fromkeys(wanted)}
 
 def open_evaluation(
     values:dict,  # every setting of `parameters.EVALUATE`

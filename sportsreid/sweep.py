@@ -94,8 +94,9 @@ def _read_members_data(values, config):
     root,_ = open_data(values['data'], config['folder'])
     train_on = config.get('train_on', 'train')
     splits = [s for s in ('valid','test') if (root/s).is_dir() and s not in train_on.split('+')]
-    tables = {s: read_soccernet(root, s, cache=values['packs']) for s in splits}
-    train = read_soccernet(root, train_on, cache=values['packs'])
+    how = dict(cache=values['packs'], drop_bad=values['drop_bad'])
+    tables = {s: read_soccernet(root, s, **how) for s in splits}
+    train = read_soccernet(root, train_on, **how)
     if config.get('fingerprint', '')!=fingerprint(train) and config.get('subset', 1)==1:
         print('NOTE: BatchNorm is measured on other crops than the members were trained on')
     return root, tables, _spread(train, values['bn_crops'])
