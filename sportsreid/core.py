@@ -166,7 +166,7 @@ def mix_seed(
 )->int:  # 0 to 2⁶³-1, different for different names
     "One seed made of several"
     if min(seeds)<0: raise ValueError(f'A seed is a whole number of 0 or more, not {min(seeds)}')
-    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])>>1
 
 # %% ../nbs/00a_core.ipynb #seeded
 @contextlib.contextmanager
