@@ -12,14 +12,14 @@ import contextlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, torch
-from accelerate import Accelerator, notebook_launcher
+from accelerate import Accelerator
 from fastcore.basics import patch
 from torch import nn
 from .core import in_a_sentence, open_run, project_path, read_config, read_scores, seeded, short_path
 from .core import this_rank, threads_used, versions, write_whole
 from .checkpoints import read_progress
 from .data import fingerprint
-from .devices import free_port, keep_memory, start_ranks
+from .devices import fork_ranks, keep_memory, start_ranks
 from .evaluate import Ranking, rank_crops
 from .hosts import check_place, going_on
 from .headless import sigterm_is_ctrl_c
@@ -285,7 +285,7 @@ def train_run(
     with alone:
         if values['processes']==1:
             with machine.watched(): train_rank(run, machine.device, machine.ranks)
-        else: notebook_launcher(train_forked, (run,), num_processes=values['processes'], use_port=free_port())
+        else: fork_ranks(train_forked, (run,), values['processes'])
 
 # %% ../nbs/05e_runs.ipynb #score-run
 @in_a_sentence(OSError, KeyboardInterrupt)
