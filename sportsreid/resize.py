@@ -87,9 +87,7 @@ def _resized_table(v:Tensor, old:tuple[int,int], new:tuple[int,int])->Tensor:
     flat,h,w = v.ndim==2,2*old[0]-1,2*old[1]-1
     table = v[:h*w].T.reshape(-1, h, w) if flat else v
     with warnings.catch_warnings(action='ignore'):  # timm's way of indexing, which torch will read otherwise one day
-        rows,columns = 2*new[0]-1,2*new[1]-1
-        table = resize_rel_pos_bias_table(table, new, (len(table), rows, columns))
-    table = table.reshape(-1, rows, columns)  # timm 1.0.26 puts the heads below each other
+        table = resize_rel_pos_bias_table(table, new, (len(table), 2*new[0]-1, 2*new[1]-1))
     return torch.cat([table.flatten(1).T, v[h*w:]]) if flat else table
 
 # %% ../nbs/04ac_resize.ipynb #resize
