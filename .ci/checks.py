@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,17 +23,17 @@ import measures  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 BIN = ROOT/'.venv/bin'
 START = time.monotonic()
-EPOCHS = 12  # of the small runs: enough that one can be killed half-way
+EPOCHS = 8  # of the small runs: enough that one can be killed half-way
 
 
 class Failed(Exception):
     "What a check says when something does not hold"
 
 
-def run(*command, cwd=ROOT, timeout=900, ok=(0,), quiet=True):
+def run(*command, cwd=ROOT, timeout=900, ok=(0,), quiet=True, **environment):
     "Run a program; return what it printed, raise `Failed` where its exit status is not among `ok`"
-    done = subprocess.run(list(map(str, command)), cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    done = subprocess.run(list(map(str, command)), cwd=cwd, timeout=timeout, env={**os.environ, **environment},
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
     if done.returncode not in ok:
         raise Failed(f'{" ".join(map(str, command))[:200]} ended with {done.returncode}:\n{tail(done.stdout)}')
     if not quiet:
@@ -106,7 +107,7 @@ def readme_commands(box):
     times = re.findall(r'^(\S+\.ipynb): (\d+) secs$', said, flags=re.M)
     print('seconds of each notebook: '+(', '.join(f'{n[:-6]} {s}' for n, s in times) or 'not measured, since one failed'))
     if done.returncode or not re.search(r'^Success\.$', said, flags=re.M):
-        raise Failed(tail(said, 80))
+        raise Failed(tail(said.rpartition('Successfully installed')[2], 80))  # of pip only what it said last
 
 
 def nothing_left(box):
@@ -225,11 +226,12 @@ def light(box):
 COUNTS = 'train=60, valid=12, test=16, challenge=0'
 
 
-def recipe(folder, notebook, **parameters):
+def recipe(folder, notebook, environment={}, **parameters):
     "Execute a recipe with papermill; its run folders land in folder/runs, since that is outside the project"
     folder.mkdir(parents=True, exist_ok=True)
     given = [word for k, v in parameters.items() for word in ('-p', k, str(v))]
-    return run(BIN/'papermill', '--no-progress-bar', ROOT/f'nbs/{notebook}.ipynb', f'{notebook}.ipynb', *given, cwd=folder)
+    command = [BIN/'papermill', '--no-progress-bar', ROOT/f'nbs/{notebook}.ipynb', f'{notebook}.ipynb']
+    return run(*command, *given, cwd=folder, **environment)
 
 
 def train(box, folder, seed):
@@ -248,7 +250,7 @@ def sweep(box):
     "sportsreid_run sweep trains two seeds side by side and ends in soups"
     (box/'whole').mkdir()
     run(BIN/'sportsreid_run', 'sweep', '--data', box/'broadcast', '--arch', 'tiny', '--epochs', EPOCHS,
-        '--seeds', 1, 2, '--jobs', 2, cwd=box/'whole', quiet=False)
+        '--seeds', 1, 2, '--jobs', 2, cwd=box/'whole')
     for seed in (1, 2):
         holds(box/f'whole/runs/tiny-s{seed}', *RUN_FILES)
     soups = box/'whole/runs/tiny-soup'
@@ -274,9 +276,7 @@ def again(box):
 
 def evaluate(box):
     "06_evaluate scores two splits in one go, says what made the results, and draws whatever MPLBACKEND says"
-    os.environ['MPLBACKEND'] = 'Agg'
-    recipe(box/'whole', '06_evaluate', data=box/'broadcast', run='runs/tiny-s1', split='valid+test')
-    del os.environ['MPLBACKEND']
+    recipe(box/'whole', '06_evaluate', dict(MPLBACKEND='Agg'), data=box/'broadcast', run='runs/tiny-s1', split='valid+test')
     files = [f'{kind}_{split}.json' for kind in ('ranking', 'scores', 'made_by') for split in ('valid', 'test')]
     holds(box/'whole/runs/tiny-s1', *files)
     outputs = [o for c in code_cells(box/'whole/06_evaluate.ipynb') for o in c['outputs']]
@@ -320,6 +320,34 @@ def unknown(box):
     said = run(BIN/'sportsreid_run', 'train', '--data', box/'broadcast', '--no_such_thing', 1, cwd=folder, ok=(1, 2))
     if 'no_such_thing' not in said or 'Traceback' in said or len(said.splitlines()) > 5 or list(folder.iterdir()):
         raise Failed(said)
+
+
+NO_WARNINGS = """
+import importlib, json, pkgutil, sys, warnings
+from IPython.core.interactiveshell import InteractiveShell
+import sportsreid
+for module in pkgutil.iter_modules(sportsreid.__path__):
+    importlib.import_module(f'sportsreid.{module.name}')
+shell = InteractiveShell.instance()
+notebook, given = sys.argv[1:]
+strict = 'import warnings; warnings.simplefilter("error"); warnings.filterwarnings("ignore", "The image decoding and encoding")'
+for cell in json.load(open(notebook, encoding='utf-8'))['cells']:
+    if cell['cell_type'] != 'code':
+        continue
+    done = shell.run_cell(strict+'\\n'+''.join(cell['source']))
+    if not done.success:
+        sys.exit(f'cell {cell["id"]}: {done.error_in_exec!r}')
+    if 'parameters' in cell['metadata'].get('tags', []):
+        shell.user_ns.update(json.loads(given))
+"""
+
+
+def warnings(box):
+    "Importing every module and a short training give no warning, but torchvision's that its decoders will move to TorchCodec"
+    given = dict(data=str(box/'broadcast'), steps=8, run='runs/quiet')
+    words = [BIN/'python', '-W', 'error', '-c', NO_WARNINGS, ROOT/'nbs/05_train.ipynb', json.dumps(given)]
+    run(*words, cwd=box/'whole', MPLBACKEND='Agg')
+    holds(box/'whole/runs/quiet', 'scores.json')
 
 
 def kill_tree(pid):
@@ -384,11 +412,13 @@ def benchmark(box):
     recipe(box/'bench', '10_benchmark', scale=.01, networks='tiny', soup_of='tiny')
 
 
+# The lanes of a job run side by side, the checks of a lane one after the other.
 JOBS = {
-    'quick': [readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
-              machine_paths, names, light],
-    'end-to-end': [broadcast, sweep, program, again, evaluate, apart, published, unknown, killed, faults, ranks,
-                   tour, wheel, benchmark, parity],
+    'quick': [[readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
+               machine_paths, names, light]],
+    'end-to-end': [[broadcast, sweep, program, again, evaluate, apart, published, unknown, warnings, killed, wheel,
+                    tour],
+                   [parity, benchmark, ranks, faults]],
 }
 
 
@@ -407,33 +437,44 @@ def attempt(check, box):
         return str(e)
 
 
+def lane(checks, box):
+    "Run checks one after the other: a line for each, and the reason where it failed"
+    results = []
+    for check in checks:
+        start = time.monotonic()
+        why = attempt(check, box)
+        results.append((f'{"FAIL" if why else "PASS"} {time.monotonic()-start:6.0f} s  {check.__doc__}', why))
+        print('\n'.join(filter(None, results[-1])), flush=True)
+    return results
+
+
 def main():
     jobs = sys.argv[1:] or list(JOBS)
     for name in ('IN_TEST', 'SPORTSREID_DATA'):  # the first silences nbdev_export, the second would replace the data made here
         os.environ.pop(name, None)
-    passed, failed, lines = 0, [], []
+    results = []
     with tempfile.TemporaryDirectory() as tmp:
         for job in jobs:
             print(f'=== {job}', flush=True)
             if job != 'quick':
                 install()
-                os.environ['OMP_NUM_THREADS'] = '1'  # two runs share the cores; resume is exact for one number of threads
+                os.environ['OMP_NUM_THREADS'] = '1'  # runs share the cores; resume is exact for one number of threads
             before = tree()
-            for check in JOBS[job]:
-                start = time.monotonic()
-                why = attempt(check, Path(tmp))
-                lines.append(f'{"FAIL" if why else "PASS"} {time.monotonic()-start:6.0f} s  {check.__doc__}')
-                print(lines[-1]+(f'\n{why}' if why else ''), flush=True)
-                passed, failed = passed+(not why), failed+[check.__doc__]*bool(why)
+            lanes = JOBS[job]
+            with ThreadPoolExecutor(len(lanes)) as pool:
+                for done in pool.map(lane, lanes, [Path(tmp)]*len(lanes)):
+                    results += done
             if tree() != before:
-                failed.append(f'{job} leaves the tree as it was')
-                print(f'FAIL {failed[-1]}', flush=True)
-    summary = '\n'.join(['', *lines, f'in {time.monotonic()-START:.0f} s'])
+                results.append((f'FAIL          {job} leaves the tree as it was', 'git status shows what it changed'))
+    failed = [(line, why) for line, why in results if why]
+    summary = '\n'.join(['', *(line for line, why in results), f'in {time.monotonic()-START:.0f} s'])
     print(summary)
+    for line, why in failed:  # again: a log is read from its end
+        print(f'\n{line}\n{tail(why, 25)}')
     if target := os.environ.get('GITHUB_STEP_SUMMARY'):
         Path(target).write_text(f'```{summary}\n```\n')
-    print(f'{passed} passed, {len(failed)} failed')
-    sys.exit(bool(failed) or not passed)
+    print(f'{len(results)-len(failed)} passed, {len(failed)} failed')
+    sys.exit(bool(failed) or not results)
 
 
 if __name__ == '__main__':

@@ -250,7 +250,7 @@ def read_state(
     try: state = torch.load(path if file is None else file, map_location=device, weights_only=True)
     except Exception as e:
         raise ValueError(f'{path} cannot be read ({first_line(e)}); delete the run folder to start again') from e
-    if state.get('format')!=FORMAT:
+    if not isinstance(state, dict) or state.get('format')!=FORMAT:
         raise ValueError(f'{path} was written by another version of this package; finish the run with the version '
                          'that its config.json names, or delete the run folder to start again')
     return state

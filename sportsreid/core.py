@@ -166,7 +166,7 @@ def mix_seed(
 )->int:  # 0 to 2⁶³-1, different for different names
     "One seed made of several"
     if min(seeds)<0: raise ValueError(f'A seed is a whole number of 0 or more, not {min(seeds)}')
-    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])>>1
 
 # %% ../nbs/00a_core.ipynb #seeded
 @contextlib.contextmanager
@@ -208,10 +208,12 @@ def share_cores(
     spins:int=1000,  # rounds that a thread asks before it sleeps; only GNU's OpenMP, torch's on Linux, knows this
 )->None:
     "Keep waiting threads from spinning, unless the user has said how they wait; call it before torch is loaded"
-    if 'torch' in sys.modules: return
+    torch = sys.modules.get('torch')
+    if 'IN_TEST' in os.environ and 'OMP_NUM_THREADS' not in os.environ:  # nbdev_test runs a page on each core
+        os.environ['OMP_NUM_THREADS'] = '1'
+        if torch: torch.set_num_threads(1)
     said = 'OMP_WAIT_POLICY' in os.environ or 'GOMP_SPINCOUNT' in os.environ
-    if not said: os.environ['GOMP_SPINCOUNT'] = str(spins)
-    if 'IN_TEST' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')  # nbdev_test runs a page on each core
+    if not (said or torch): os.environ['GOMP_SPINCOUNT'] = str(spins)
 
 # %% ../nbs/00a_core.ipynb #threads-used
 def threads_used()->dict:  # threads; waiting: how they wait, '' where the system decides

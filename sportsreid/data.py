@@ -61,7 +61,7 @@ def _check_rows(crops:pd.DataFrame):
                                    'drop one')
     bad = (crops.pid<0) & (crops.role=='train')
     if bad.any(): raise ValueError(f'A training crop needs a pid of 0 or more; {name_rows(bad)} '
-                                   f'of {crops.path[bad].iloc[0]}')
+                                   f'of {crops.path[bad].iloc[0]}; drop it, or make it gallery: number_distractors')
 
 # %% ../nbs/01_data.ipynb #unmatched
 def unmatched(
@@ -77,8 +77,8 @@ def _note_lasting(crops:pd.DataFrame):
     pids = crops[crops.role=='train'][['action','pid']].drop_duplicates().pid
     lasting = pids[pids.duplicated()].unique()
     if len(lasting): warnings.warn(f'{len(lasting)} training pids stand in several actions; first: pid {lasting[0]}; a '
-                                   'sampler that goes by actions takes the first of each, so number them anew with '
-                                   "crops.groupby(['action','pid']).ngroup(), if a pid should hold for one action")
+                                   'sampler that goes by actions takes the first of each; if a pid should hold for one '
+                                   "action number anew: crops.groupby(['action','pid']).ngroup(), splits.cut_actions")
 
 # %% ../nbs/01_data.ipynb #check-matches
 def _check_matches(crops:pd.DataFrame):

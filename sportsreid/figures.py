@@ -40,7 +40,7 @@ def show_ranked(
     ranks,rows,hits = ranked_hits(ranking, i, n)
     if ims is None:
         paths = ranking.query['path'].iloc[i], *ranking.gallery['path'].iloc[rows]
-        pics = [read_crop(p, (128,64)).permute(1,2,0) for p in paths]
+        pics = [read_crop(p, (128,64)).permute(1,2,0).numpy() for p in paths]
     else: pics = [ims[0][i], *(ims[1][row] for row in rows)]
     names = ['query', *(f'{rank+1} ✓' if hit else f'{rank+1}' for rank,hit in zip(ranks, hits))]
     size = max(5., 1.1*len(pics)), 2.6
@@ -59,7 +59,7 @@ def draw_crop(
     hit:bool=False,  # whether it shows the query's player
 )->None:
     "Draw one crop of a ranked list"
-    ax.imshow(read_crop(path, (128,64)).permute(1,2,0))
+    ax.imshow(read_crop(path, (128,64)).permute(1,2,0).numpy())
     ax.set(xticks=[], yticks=[])
     ax.set_title(name, fontsize=10, pad=2)
     ax.spines[:].set(color='green' if hit else 'silver', linewidth=3 if hit else 1)

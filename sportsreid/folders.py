@@ -105,7 +105,7 @@ def _own_metric(folder, arch):
 def _other_data(data, folder):
     "What tells data from the run's own; '' for the run's own, or if that is gone or nobody knows it"
     own = noted(read_config(folder), 'data')
-    if not data or not own or not Path(own).is_dir(): return ''
+    if not data or not own or not Path(own).exists(): return ''
     path = project_path(data).resolve()
     return '' if path==Path(own).resolve() else f'on-{path.name}-{_short_hash(str(path))}'
 

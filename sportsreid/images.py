@@ -40,7 +40,7 @@ def show_crops(
     fig,axs = plt.subplots(rows, cols, figsize=size, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i,(ax,im) in enumerate(zip(axs.flat, ims)):
-        ax.imshow(im.detach().cpu().clamp(0,255).byte().permute(1,2,0))
+        ax.imshow(im.detach().cpu().clamp(0,255).byte().permute(1,2,0).numpy())
         if titles: ax.set_title(str(titles[i]), fontsize=9)
     fig.tight_layout(pad=.3)
     return fig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from .core import this_rank
-from .devices import pick_device, start_ranks
+from .devices import own_gpu, pick_device, start_ranks
 from .hosts import Watch, heed_refusals, watch_ranks
 
 # %% ../nbs/05ea_machine.ipynb #machine
@@ -43,6 +43,7 @@ def pick_machine(
         watch = watch_ranks()
     if forks and ranks:
         raise ValueError('processes starts ranks from a notebook, and a launcher has started them; leave it at 1')
+    if forks: own_gpu(values['device'], values['processes'])
     device = ranks.device if ranks else pick_device(values['device'], forks)
     if values['sync_bn'] and not (ranks or forks):
         print('NOTE: one process has no other to join BatchNorm with, so sync_bn changes nothing here')

@@ -9,6 +9,7 @@ __all__ = ['NOTEBOOKS', 'FILES', 'recipe_path', 'table_path', 'Table', 'read_row
 
 # %% ../nbs/05d_recipes.ipynb #imports
 import hashlib, re, shlex
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 import yaml
@@ -205,12 +206,25 @@ def deciding(
     return {k: v for k,v in resolved.values.items() if k=='seed' or k in METHOD}
 
 # %% ../nbs/05d_recipes.ipynb #file-hash
+@cache
+def _digest(file, size, changed):
+    "Hash a file in pieces; size and time of change belong to the question, so an edited file is read again"
+    digest = hashlib.sha1()
+    with open(file, 'rb') as f:
+        while piece := f.read(1<<20): digest.update(piece)
+    return digest.hexdigest()[:12]
+
 def file_hash(
-    path:str,  # of a file, from the project's root on; '': none
+    path:str|Path,  # of a file, or of a run folder, whose weights are meant; from the project's root on; '': none
 )->str:  # of its content; the path itself where there is no such file
     "What tells two files of one name apart"
+    if not path: return ''
     file = project_path(path)
-    return hashlib.sha1(file.read_bytes()).hexdigest()[:12] if path and file.is_file() else path
+    if file.is_dir(): file /= 'best.safetensors'
+    if not file.is_file(): return str(path)
+    found = file.stat()
+    return _digest(file, found.st_size, found.st_mtime_ns)
+
 
 # %% ../nbs/05d_recipes.ipynb #checkpoint-run
 def checkpoint_run(

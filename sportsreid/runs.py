@@ -12,14 +12,14 @@ import contextlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd, torch
-from accelerate import Accelerator, notebook_launcher
+from accelerate import Accelerator
 from fastcore.basics import patch
 from torch import nn
 from .core import in_a_sentence, open_run, project_path, read_config, read_scores, seeded, short_path
 from .core import this_rank, threads_used, versions, write_whole
 from .checkpoints import read_progress
-from .data import fingerprint, read_soccernet
-from .devices import free_port, keep_memory, start_ranks
+from .data import fingerprint
+from .devices import fork_ranks, keep_memory, start_ranks
 from .evaluate import Ranking, rank_crops
 from .hosts import check_place, going_on
 from .headless import sigterm_is_ctrl_c
@@ -31,9 +31,10 @@ from .make import make_augmentation, make_hooks, make_loss, make_network, make_o
 from .make import make_sampler, make_schedule
 from .memory import memory_note
 from .models import ReIDModel
+from .own import layout_splits, read_layout
 from .ranks import from_first, on_each_host, same_everywhere, stop_together
 from .recipes import Resolved, deciding, file_hash, resolve, table_path
-from .refusals import check_format, check_train, choose_data
+from .refusals import check_format, check_train, choose_data, choose_layout
 from .sampler import EpochSampler
 from .simulate import simulate_broadcast
 from .train import TrainBatches, train
@@ -41,11 +42,12 @@ from .weights import load_model, read_spec
 
 # %% ../nbs/05e_runs.ipynb #open-data
 def open_data(
-    data:str|Path='',          # folder in SoccerNet's layout; '': that of `run`, else looked for, see `find_data`
+    data:str|Path='',          # folder or .csv file; '': that of `run`, else looked for, see `find_data`
     run:str|Path|None=None,    # a run folder that says which data it was trained on
+    layout:str='auto',         # how the data are laid out
 )->tuple[Path,str]:  # the folder, why this one
     "Choose the data folder; where there is none, draw the simulated broadcast"
-    root,why = choose_data(data, run)
+    root,why = choose_data(data, run, layout)
     if root is None:
         why = f'the simulated broadcast, because {why}'
         root = simulate_broadcast(project_path('data/simulated'))
@@ -61,14 +63,16 @@ def run_notes(
 # %% ../nbs/05e_runs.ipynb #read-tables
 def read_tables(
     values:dict,  # of the settings
-    root:Path,    # folder in SoccerNet's layout
+    root:Path,    # folder or .csv file
 )->dict[str,pd.DataFrame]:  # train, and those of valid and test that are not trained on
     "Read the crop tables of a run"
     how = dict(cache=values['packs'], drop_bad=values['drop_bad'])
-    tables = dict(train=read_soccernet(root, values['train_on'], values['subset'], **how))
+    layout = choose_layout(values['layout'], root)
+    tables = dict(train=read_layout(root, layout, values['train_on'], values['subset'], **how))
+    there = layout_splits(root, layout, values['packs'])
     for split in ('valid','test'):
-        if not (root/split).is_dir() or split in values['train_on'].split('+'): print(f'no {split} split to score on')
-        else: tables[split] = read_soccernet(root, split, **how)
+        if split not in there or split in values['train_on'].split('+'): print(f'no {split} split to score on')
+        else: tables[split] = read_layout(root, layout, split, **how)
     return tables
 
 # %% ../nbs/05e_runs.ipynb #run
@@ -131,6 +135,9 @@ def say_run(
     if values['accumulate']>1:
         print(f'NOTE: {values["accumulate"]} batches share a step, but all losses except cross entropy see '
               f'{values["batch_size"]} crops at a time; a larger batch_size with checkpointing may be better')
+    how = threads_used()
+    waiting = how['waiting'] or 'as the system has them'
+    print(f'computing on {run.machine.device} with {how["threads"]} threads (waiting: {waiting})')
     print(f'training on {len(crops)} crops of {crops.pid.nunique()} players in {crops.action.nunique()} actions; '
           f'run folder {short_path(run.folder)}'+(', which is finished' if run.finished else ''))
 
@@ -177,13 +184,13 @@ def read_data(
 )->dict:  # data: the folder; why: who chose it
     "Read the data of this host"
     values = run.values
-    root,why = open_data(values['data'])
+    root,why = open_data(values['data'], layout=values['layout'])
     run.tables = read_tables(values, root)
     how = values['batch_size'], values['K'], values['seed']
     run.sampler = make_sampler(values['sampler'], run.tables['train'], *how)
     if not run.finished:
         for split in run.tables: run.images(split)
-    return dict(data=str(root), why=why)
+    return dict(data=str(root), why=why, layout=choose_layout(values['layout'], root))
 
 def agreed_config(
     run:Run,   # with its tables
@@ -278,7 +285,7 @@ def train_run(
     with alone:
         if values['processes']==1:
             with machine.watched(): train_rank(run, machine.device, machine.ranks)
-        else: notebook_launcher(train_forked, (run,), num_processes=values['processes'], use_port=free_port())
+        else: fork_ranks(train_forked, (run,), values['processes'])
 
 # %% ../nbs/05e_runs.ipynb #score-run
 @in_a_sentence(OSError, KeyboardInterrupt)

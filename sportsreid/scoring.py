@@ -17,7 +17,7 @@ from pandas import DataFrame
 from torch import Tensor
 from .baselines import baselines
 from .core import project_path, read_config, short_path, write_whole
-from .data import fingerprint, read_soccernet
+from .data import fingerprint
 from .devices import keep_memory, pick_device
 from .evaluate import Ranking
 from .features import extract_features, join_features
@@ -25,10 +25,12 @@ from .folders import evaluation_folder, further_runs, unlike_crops
 from .images import CropFiles, PackedCrops, open_crops
 from .intervals import score_table
 from .models import ReIDModel
+from .own import layout_splits, read_layout
 from .parameters import parse_size
 from .provenance import check_record, machine_record, ready_folder, split_record, weights_hash, write_record
 from .ranking_file import find_truth
 from .recipes import checkpoint_run, file_hash, find_run
+from .refusals import choose_layout
 from .rerank import Steps, rerank_features
 from .runs import open_data
 from .tune import compare_rerank, read_steps, tune_rerank
@@ -164,14 +166,15 @@ def record(self, split:str)->dict:
     return split_record(self.tables[split], settings, machine_record(self.device))
 
 # %% ../nbs/06f_scoring.ipynb #open-evaluation
-def _read_tables(root, splits, values):
+def _read_tables(root, splits, values, layout):
     "The crop tables of the splits, and of valid where constants are tuned on it"
     tunes = values['rerank'] and given_steps(values) is None
-    if tunes and 'valid' not in splits and not (root/'valid').is_dir():
+    if tunes and 'valid' not in splits and 'valid' not in layout_splits(root, layout, values['packs']):
         raise ValueError(f'{root} holds no valid split to tune the re-ranking on; give its constants, '
                          'such as -p temperature 0.1')
     wanted = [*splits, 'valid'] if tunes else splits
-    return {s: read_soccernet(root, s, cache=values['packs']) for s in dict.fromkeys(wanted)}
+    how = dict(cache=values['packs'], drop_bad=values['drop_bad'])
+    return {s: read_layout(root, layout, s, **how) for s in dict.fromkeys(wanted)}
 
 def open_evaluation(
     values:dict,  # every setting of `parameters.EVALUATE`
@@ -182,8 +185,8 @@ def open_evaluation(
     model,folder = open_model(values['run'], values['checkpoint'], values['arch'], parse_size(values['size']))
     folders = [folder, *further_runs(values)]
     models = [m.to(device) for m in (model, *map(load_model, folders[1:]))]
-    root,_ = open_data(values['data'], folder)
-    tables = _read_tables(root, splits, values)
+    root,_ = open_data(values['data'], folder, values['layout'])
+    tables = _read_tables(root, splits, values, choose_layout(values['layout'], root, folder))
     out = ready_folder(evaluation_folder(values))
     if values['checkpoint']: _keep_converted(values['checkpoint'], folder, model)
     _note_training(folders, splits)

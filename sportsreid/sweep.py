@@ -14,14 +14,16 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from pandas import DataFrame
 from torch import Tensor
 from .core import first_line, project_path, project_root, read_config, short_path, write_whole
-from .data import fingerprint, read_soccernet
+from .data import fingerprint
 from .devices import keep_memory, pick_device
 from .evaluate import rank_features
 from .features import extract_features, join_features
 from .folders import find_members, unlike_crops
 from .images import CropFiles, PackedCrops, load_batches, normalise, open_crops
 from .models import ReIDModel
+from .own import layout_splits, read_layout
 from .provenance import machine_record, ready_folder, weights_hash
+from .refusals import choose_layout
 from .runs import open_data
 from .soup import greedy_soup, soup_path, soup_spec, uniform_soup, update_bn
 from .weights import save_model
@@ -91,11 +93,13 @@ def _spread(crops, n):
 # %% ../nbs/07b_sweep.ipynb #open-sweep-itself
 def _read_members_data(values, config):
     "The data folder, the crop tables to score on, and some of the crops that the members were trained on"
-    root,_ = open_data(values['data'], config['folder'])
-    train_on = config.get('train_on', 'train')
-    splits = [s for s in ('valid','test') if (root/s).is_dir() and s not in train_on.split('+')]
-    tables = {s: read_soccernet(root, s, cache=values['packs']) for s in splits}
-    train = read_soccernet(root, train_on, cache=values['packs'])
+    root,_ = open_data(values['data'], config['folder'], values['layout'])
+    layout,train_on = choose_layout(values['layout'], root, config['folder']),config.get('train_on', 'train')
+    there = layout_splits(root, layout, values['packs'])
+    splits = [s for s in ('valid','test') if s in there and s not in train_on.split('+')]
+    how = dict(cache=values['packs'], drop_bad=values['drop_bad'])
+    tables = {s: read_layout(root, layout, s, **how) for s in splits}
+    train = read_layout(root, layout, train_on, **how)
     if config.get('fingerprint', '')!=fingerprint(train) and config.get('subset', 1)==1:
         print('NOTE: BatchNorm is measured on other crops than the members were trained on')
     return root, tables, _spread(train, values['bn_crops'])

@@ -26,7 +26,8 @@ def data_table(
     "Count crops, players, actions and matches"
     rows = {}
     for split,crops in run.tables.items():
-        matches = crops[['league','season','match']].drop_duplicates() if 'match' in crops else []
+        names = [c for c in ('league','season','match') if c in crops]
+        matches = crops[names].drop_duplicates() if names else []
         role = crops.role.value_counts()
         rows[split] = dict(crops=len(crops), players=crops.pid.nunique(), actions=crops.action.nunique(),
                            matches=len(matches), queries=role.get('query', 0), gallery=role.get('gallery', 0))
