@@ -7,7 +7,7 @@ __all__ = ['KIND', 'TOOLS', 'write_features', 'read_features', 'images_below', '
            'calibrate', 'run_tool']
 
 # %% ../nbs/09ea_commands.ipynb #imports
-import json, os  # torch and all that needs it is imported where it is used, so that help comes at once
+import json  # torch and all that needs it is imported where it is used, so that help comes at once
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +108,7 @@ class _Sides:
 
     def calibration(self):
         "Thresholds of that network; None where none were measured"
-        from sportsreid.thresholds import Thresholds
+        from sportsreid.calibrate import Thresholds
         if self.embedder: return self.embedder.thresholds
         kept = next((t['calibration'] for t in self.told.values() if t['calibration']), None)
         return Thresholds(**kept) if kept else None
@@ -180,7 +180,7 @@ def calibrate(
     check_writable(folder)
     from sportsreid.data import read_soccernet
     from sportsreid.runs import open_data
-    from sportsreid.thresholds import calibrate_run
+    from sportsreid.calibrate import calibrate_run
     root,_ = open_data(data, folder)
     measured = calibrate_run(folder, read_soccernet(root, split))
     for t in measured: print(f'resize {t.resize}, equal error rate {t.eer["value"]:.1%}:\n{t.table().to_string()}')

@@ -19,7 +19,7 @@ from .images import IMAGENET
 from .inputs import GivenImages
 from .models import ReIDModel
 from .simulate import simulate_broadcast
-from .thresholds import network_print
+from .calibrate import network_print
 
 # %% ../nbs/09c_export.ipynb #byte-graph
 def _per_colour(values)->Tensor: return torch.tensor(values, dtype=torch.float32).view(1,3,1,1)
@@ -188,5 +188,7 @@ def export_onnx(
     normalised = (crops/255-mean)/std
     apart = write_graph(FloatGraph(model), normalised, out/'embed_float.onnx', notes)
     print(f'embed_float.onnx: floats in, normalised as ImageNet, within {apart:.1g}', flush=True)
-    with write_whole(out/'embed.pt2') as tmp: torch.export.save(trace(byte, spec['size']), tmp)
+    program = io.BytesIO()
+    torch.export.save(trace(byte, spec['size']), program)
+    with write_whole(out/'embed.pt2') as tmp: tmp.write_bytes(program.getvalue())
     return path

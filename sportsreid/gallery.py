@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from .core import first_line, project_path, write_whole
 from .identify import Embedder, Matches, assign, check_unit
-from .thresholds import Thresholds
+from .calibrate import Thresholds
 
 # %% ../nbs/09e_gallery.ipynb #keep-views
 def keep_views(

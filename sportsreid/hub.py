@@ -17,7 +17,7 @@ from .models import ARCHS, ReIDModel, build
 from .osnet import OSNet
 from .resize import weight_faults
 from .spec import checked_spec, read_json
-from .thresholds import network_print, read_thresholds, write_thresholds
+from .calibrate import network_print, read_thresholds, write_thresholds
 from .weights import load_model, shipped_model
 
 # %% ../nbs/09b_hub.ipynb #reid-config

@@ -27,7 +27,7 @@ from .hub import find_network, open_network
 from .images import load_batches
 from .inputs import GivenImages, as_list, cut_boxes
 from .models import ReIDModel
-from .thresholds import Thresholds, network_print, read_thresholds
+from .calibrate import Thresholds, network_print, read_thresholds
 
 # %% ../nbs/09d_identify.ipynb #engines
 def cache_folder()->Path:  # $SPORTSREID_CACHE, or ~/.cache/sportsreid
