@@ -18,8 +18,8 @@ OPTIONS = dict(
     show     = Setting(bool, False, 'print each setting and where it comes from, and train nothing'),
 )
 FEW = {'notebook': OPTIONS['notebook']}
-PROGRAMS = dict(train='train', sweep='train', evaluate='evaluate', soup='soup')  # what a command runs
-OWN = dict(train=OPTIONS, sweep=OPTIONS, evaluate=FEW, soup=FEW)
+PROGRAMS = dict(train='train', sweep='train', evaluate='evaluate', report='evaluate', soup='soup')
+OWN = dict(train=OPTIONS, sweep=OPTIONS, evaluate=FEW, report=FEW, soup=FEW)
 
 # %% ../nbs/05ec_options.ipynb #one-word
 def one_word(
@@ -34,7 +34,7 @@ def one_word(
 
 # %% ../nbs/05ec_options.ipynb #read-options
 def option_kind(
-    command:str,  # train, evaluate, soup or sweep
+    command:str,  # train, evaluate, report, soup or sweep
     name:str,     # of an option
 )->type:  # str where there is no such option
     "What an option is"
@@ -42,7 +42,7 @@ def option_kind(
     return known[name].kind if name in known else str
 
 def read_options(
-    command:str,       # train, evaluate, soup or sweep
+    command:str,       # train, evaluate, report, soup or sweep
     words:list[str],   # after it
 )->tuple[dict,dict]:  # settings of the program, options of the command; a ValueError says what is wrong
     "Split and check a command line"
@@ -60,7 +60,7 @@ def read_options(
 # %% ../nbs/05ec_options.ipynb #later
 LATER = dict(
     embed     = ('write the features of all images below a folder', 'sportsreid_run embed crops --out crops.safetensors'),
-    match     = ('say who in a gallery each query is', 'sportsreid_run match crops.safetensors known.safetensors --k 3'),
+    match     = ('say who in a gallery each query is', 'sportsreid_run match crops.safetensors known.safetensors'),
     export    = ('write ONNX graphs of a network', 'sportsreid_run export runs/tiny-s1'),
     calibrate = ("measure a network's thresholds", 'sportsreid_run calibrate runs/tiny-s1'))
 
@@ -76,6 +76,7 @@ def run_later(
 EXAMPLES = dict(
     train    = ('train a network, with one seed or several', 'sportsreid_run train --arch tiny --seeds 1 2 3'),
     evaluate = ('score a run, or a published checkpoint', 'sportsreid_run evaluate --run runs/tiny-s1 --split test'),
+    report   = ('score it, and write one HTML file about it', 'sportsreid_run report --run runs/tiny-s1'),
     soup     = ('average the weights of several runs', "sportsreid_run soup --runs 'runs/tiny-s?'"),
     sweep    = ('train several seeds, then average and score them', 'sportsreid_run sweep --arch tiny --seeds 1 2 3'))
 
@@ -87,7 +88,7 @@ def help_text()->str:
     return '\n'.join(['usage: sportsreid_run COMMAND [--OPTION VALUE ...]', '', *lines, '', *more])
 
 def options_text(
-    command:str,  # train, evaluate, soup or sweep
+    command:str,  # train, evaluate, report, soup or sweep
 )->str:
     "Every option of a command: type, default, meaning"
     what,example = EXAMPLES[command]
