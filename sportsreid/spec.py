@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 import timm
 from .core import first_line
-from .models import ARCHS, OPTIONS, is_timm, projection_width, check_options
+from .models import ARCHS, OPTIONS, is_timm, make_spec, projection_width, check_options
 
 # %% ../nbs/04ab_spec.ipynb #rules
 def is_number(

@@ -22,7 +22,7 @@ from .folders import find_members, unlike_crops
 from .images import CropFiles, PackedCrops, load_batches, normalise, open_crops
 from .models import ReIDModel
 from .own import layout_splits, read_layout
-from .provenance import machine_record, ready_folder, weights_hash
+from .provenance import check_distinct, machine_record, ready_folder, weights_hash
 from .refusals import choose_layout
 from .runs import open_data
 from .soup import greedy_soup, soup_path, soup_spec, uniform_soup, update_bn
@@ -113,6 +113,7 @@ def open_sweep(
     folders = find_members(values['runs'], project_root())
     spec,device = soup_spec(folders), pick_device(values['device'])
     config = _check_members(folders)
+    check_distinct({short_path(f): weights_hash(f) for f in folders})
     _check_out(project_path(values['out']), folders)
     root,tables,train = _read_members_data(values, config)
     ready_folder(project_path(values['out']))
