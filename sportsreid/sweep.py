@@ -76,6 +76,8 @@ def _check_members(folders):
 def _check_out(out, folders):
     "Refuse to write over a run; say whose soup will be replaced"
     members = [short_path(f) for f in folders]
+    if short_path(out) in members:
+        raise ValueError(f'{short_path(out)} is a member of the soup; give another folder with -p out')
     for folder in (out/'uniform', out/'greedy'):
         config = read_config(folder)
         if (config or (folder/'model.json').exists()) and not isinstance(config.get('members'), list):
