@@ -9,7 +9,7 @@ ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 name = cfg['lib_name']
-extras = {extra: cfg[f'{extra}_requirements'].split() for extra in ('train', 'soccernet', 'dev')}
+extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
 
 setup(
     name=name,

@@ -407,6 +407,21 @@ def wheel(box):
     holds(away/'runs/wheel', *RUN_FILES)
 
 
+def extras(box):
+    "With the extras export and track installed, their pages pass with the real packages"
+    run(BIN/'python', '-m', 'pip', '-q', 'install', '-e', '.[export,track]', timeout=1800)
+    python('import onnx, onnxruntime, onnxscript')
+    pages = ['09c_export', '09d_identify', '09g_trackers']
+    opens = python('try: import cv2\nexcept ImportError as e: print(e)')
+    if 'libGL' in opens:  # OpenCV, which trackers need, wants a system library that a bare container lacks
+        print(f'NOTE: 09g_trackers is not tried here: {opens.strip()}', flush=True)
+        pages.remove('09g_trackers')
+    else:
+        python('import deep_sort_realtime, norfair, supervision, trackers')
+    for page in pages:
+        run(BIN/'nbdev_test', '--path', f'nbs/{page}.ipynb', '--n_workers', '0')
+
+
 def benchmark(box):
     "10_benchmark runs at a hundredth of its size"
     recipe(box/'bench', '10_benchmark', scale=.01, networks='tiny', soup_of='tiny')
@@ -417,7 +432,7 @@ JOBS = {
     'quick': [[readme_commands, nothing_left, modules, executed, export, clean, page_measures, readme, docs,
                machine_paths, names, light]],
     'end-to-end': [[broadcast, sweep, program, again, evaluate, apart, published, unknown, warnings, killed, wheel,
-                    tour],
+                    tour, extras],
                    [parity, benchmark, ranks, faults]],
 }
 

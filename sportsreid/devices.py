@@ -63,9 +63,11 @@ def choose_interface()->None:
 def own_gpu(
     device:str,  # as wished: 'cpu' keeps ranks off the GPUs
     ranks:int,   # on this host
-)->None:  # a ValueError where two would share one
+)->None:  # a ValueError where two would share one, or where there is none
     "Refuse more ranks than a host has GPUs"
     gpus = 0 if str(device)=='cpu' else torch.cuda.device_count()
+    if str(device).startswith('cuda') and not gpus:
+        raise ValueError(f'There is no GPU for device {device!r} here; leave device out to take the best there is')
     if 0<gpus<ranks:
         raise ValueError(f'{ranks} processes on this host need {ranks} GPUs, and {gpus} can be seen; '
                          f'start {gpus}, or compute with device cpu')

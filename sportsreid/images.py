@@ -46,7 +46,7 @@ def show_crops(
     return fig
 
 # %% ../nbs/01b_images.ipynb #resize
-def _resize(im:Tensor, height:int, width:int)->Tensor:
+def resize_crop(im:Tensor, height:int, width:int)->Tensor:
     "Bring an image to a size; the colours of a pixel stay side by side in memory"
     batch_of_one = im.permute(1,2,0)[None].permute(0,3,1,2)  # im[None], with the strides of colours that come last
     return F.interpolate(batch_of_one, (height,width), mode='bilinear', antialias=True)[0]
@@ -59,14 +59,14 @@ def _check_fit(fit:str):
     raise ValueError(f"fit is {fit!r}; give 'stretch' to fill the size, or 'pad' to keep a crop's shape")
 
 # %% ../nbs/01b_images.ipynb #pad
-def _pad(im:Tensor, height:int, width:int)->Tensor:
+def pad_crop(im:Tensor, height:int, width:int)->Tensor:
     "The largest copy of an image that fits inside, in the middle"
     scale = min(height/im.shape[1], width/im.shape[2])
     h = min(height, max(1, round(im.shape[1]*scale)))
     w = min(width, max(1, round(im.shape[2]*scale)))
     top,left = (height-h)//2,(width-w)//2
     ground = torch.tensor(PAD, dtype=torch.uint8)[:,None,None].repeat(1, height, width)
-    ground[:,top:top+h,left:left+w] = _resize(im, h, w)
+    ground[:,top:top+h,left:left+w] = resize_crop(im, h, w)
     return ground
 
 # %% ../nbs/01b_images.ipynb #decode-crop
@@ -100,7 +100,7 @@ def read_crop(
     "Decode one crop, upright, and bring it to a size"
     _check_fit(fit)
     im = decode_crop(path, check)
-    return _pad(im, *size) if fit=='pad' else _resize(im, *size)
+    return pad_crop(im, *size) if fit=='pad' else resize_crop(im, *size)
 
 # %% ../nbs/01b_images.ipynb #plain-normalise
 IMAGENET = (0.485,0.456,0.406),(0.229,0.224,0.225)  # mean and standard deviation of each colour, in 0..1

@@ -87,6 +87,7 @@ def make_spec(
     options = check_options(options)
     row = ARCHS.get(arch, dict(timm=arch))
     cfg = _timm_config(arch, row)
+    if isinstance(size, str): raise ValueError(f'size is (height, width), such as (256,128), not the text {size!r}')
     size = list(size or row.get('size') or cfg.input_size[1:])
     if len(size)!=2 or not all(isinstance(s, int) and s>=16 for s in size):
         raise ValueError(f'size is height and width of the input, 16 or more each, not {size}')

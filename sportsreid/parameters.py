@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['NEEDED', 'YES_NO', 'KINDS', 'SPLITS', 'LAYOUTS', 'RUN', 'NETWORK', 'BATCHES', 'STEPS', 'MACHINE', 'METHOD', 'TRAIN',
            'SHARED', 'EVALUATE', 'SOUP', 'SETTINGS', 'WRITTEN', 'MOVED', 'PLAIN', 'Setting', 'as_kind', 'check_value',
-           'in_interval', 'read_size', 'parse_size', 'read_splits', 'check_settings', 'given_settings', 'all_settings']
+           'in_interval', 'read_size', 'parse_size', 'read_splits', 'read_device', 'check_settings', 'given_settings',
+           'all_settings']
 
 # %% ../nbs/05d_parameters.ipynb #imports
+import re
 from collections.abc import Callable
 from reprlib import repr as brief
 from typing import NamedTuple
@@ -93,6 +95,7 @@ def parse_size(
     height,_,width = text.partition('x')
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise ValueError(f'a size is HEIGHTxWIDTH, such as 256x128, not {text!r}')
+    if min(int(height), int(width))<16: raise ValueError(f'a size is 16 pixels or more each way, not {text}')
     return int(height),int(width)
 
 # %% ../nbs/05d_parameters.ipynb #splits
@@ -164,8 +167,15 @@ STEPS = dict(
 )
 
 # %% ../nbs/05d_parameters.ipynb #settings-machine
+def read_device(
+    text:str,  # e.g. cuda:1
+)->str:  # the same
+    "Read the name of a device"
+    if re.fullmatch(r'(cuda(:\d+)?|mps|cpu)?', text): return text
+    raise ValueError(f'device is cuda, cuda:1, mps or cpu, not {text!r}{nearest(text, ("cuda","mps","cpu"))}')
+
 MACHINE = dict(
-    device        = Setting(str, '', "cuda, mps or cpu; '': the best there is"),
+    device        = Setting(str, '', "cuda, mps or cpu; '': the best there is", read_device),
     processes     = Setting(int, 1, 'to start from the notebook, one a GPU; 1 under a launcher', '[1,inf)'),
     packs         = Setting(str, 'data/packed', "folder of resized crops and tables; '': read each time"),
     drop_bad      = Setting(bool, False, 'leave out crops that are gone or damaged, instead of stopping'),

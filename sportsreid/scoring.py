@@ -27,7 +27,8 @@ from .intervals import score_table
 from .models import ReIDModel
 from .own import layout_splits, read_layout
 from .parameters import parse_size
-from .provenance import check_record, machine_record, ready_folder, split_record, weights_hash, write_record
+from .provenance import check_distinct, check_record, machine_record, ready_folder, split_record
+from .provenance import weights_hash, write_record
 from .ranking_file import find_truth
 from .recipes import checkpoint_run, file_hash, find_run
 from .refusals import choose_layout
@@ -190,7 +191,7 @@ def open_evaluation(
     out = ready_folder(evaluation_folder(values))
     if values['checkpoint']: _keep_converted(values['checkpoint'], folder, model)
     _note_training(folders, splits)
-    networks = {short_path(f): weights_hash(f) for f in folders}
+    networks = check_distinct({short_path(f): weights_hash(f) for f in folders})
     evaluation = Evaluation(values, networks, models, root, splits, tables, steps, out, device)
     _note_replaced(evaluation)
     if out!=folder: print(f'results: {short_path(out)}')
@@ -282,6 +283,7 @@ def write_scores(
         made_by = json.loads(evaluation.file('made_by', split).read_text())
         content = {**whole['value'], 'interval': _ends(single), 'interval_of_actions': _ends(whole), 'made_by': made_by}
         with write_whole(evaluation.file('scores', split)) as tmp: tmp.write_text(json.dumps(content, indent=1))
+        print(f'{split}: '+', '.join(f'{k} {100*v:.1f}' for k,v in whole['value'].items()))
     return score_table(known)
 
 # %% ../nbs/06f_scoring.ipynb #official-scores

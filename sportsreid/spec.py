@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 import timm
 from .core import first_line
-from .models import ARCHS, OPTIONS, is_timm, projection_width, check_options
+from .models import ARCHS, OPTIONS, is_timm, make_spec, projection_width, check_options
 
 # %% ../nbs/04ab_spec.ipynb #rules
 def is_number(
@@ -110,16 +110,23 @@ def read_spec(
     return checked_spec(read_json(folder/'model.json'), folder/'model.json')
 
 # %% ../nbs/04ab_spec.ipynb #trained-size
+def _beside(path:Path, name:str)->Path|None:
+    "A file beside another, or beside what that is a link to"
+    places = [path] if path.is_dir() else [path.parent, path.resolve().parent]
+    return next((p/name for p in places if (p/name).is_file()), None)
+
 def trained_size(
     path:str|Path,  # a file of weights, or a run folder
-    spec:dict,      # of the network that they are for
-)->tuple[int,int]|None:  # height, width; None: no model.json of that network lies beside the file
+)->tuple[int,int]|None:  # height, width; None: neither a model.json nor a config.json of ours lies beside the file
     "Input size at which a run trained its weights"
-    path = Path(path)
-    file = (path if path.is_dir() else path.parent)/'model.json'
-    if not file.is_file(): return None
-    theirs = read_json(file)
-    if not isinstance(theirs, dict) or not {'arch','timm','size'}<={*theirs}: return None  # somebody else's
-    theirs = checked_spec(theirs, file)
-    same = theirs['arch']==spec['arch'] or spec['timm'] and _family(theirs['timm'])==_family(spec['timm'])
-    return tuple(theirs['size']) if same else None
+    file,settings = (_beside(Path(path), name) for name in ('model.json','config.json'))
+    if file:
+        theirs = read_json(file)
+        ours = isinstance(theirs, dict) and {'arch','timm','size'}<={*theirs}
+        return tuple(checked_spec(theirs, file)['size']) if ours else None
+    given = read_json(settings) if settings else {}  # a run that has not validated yet
+    ours = isinstance(given, dict) and isinstance(given.get('arch'), str) and 'size' in given
+    if not ours: return None
+    height,_,width = str(given['size'] or '').partition('x')
+    own = make_spec(given['arch'])['size']
+    return (int(height),int(width)) if height.isdecimal() and width.isdecimal() else tuple(own)

@@ -6,7 +6,7 @@
 __all__ = ['ORIGINAL', 'LocalHub', 'ask_hub', 'fill_weight', 'Recorded']
 
 # %% ../nbs/00e_standins.ipynb #imports
-import contextlib, importlib, json, math, os, re, zlib
+import base64, contextlib, importlib, json, math, os, re, zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +14,7 @@ from threading import Thread
 from typing import NamedTuple
 from unittest import mock
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/00e_standins.ipynb #local-hub
@@ -25,7 +26,7 @@ class LocalHub:
     ):
         self.repo,self.files = repo,files
         self.asked = []   # what clients asked for, e.g. 'GET train.zip'
-        self.refuse = {}  # 'HEAD' or 'GET': status to refuse it with, e.g. 404
+        self.refuse = {}  # 'HEAD', 'GET' or 'POST': status to refuse it with, e.g. 404
         self.cut = None   # bytes after which the next file breaks off, once
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), _HubAnswers)
         self.server.hub = self
@@ -85,6 +86,33 @@ def ask_hub(
             importlib.reload(constants)  # it reads the environment when it is loaded
             yield
     finally: importlib.reload(constants)
+
+# %% ../nbs/00e_standins.ipynb #hub-take
+@patch
+def take(self:LocalHub, path:str, body:bytes)->tuple[int,bytes]:  # status, content
+    "What the hub says to an upload"
+    if 'POST' in self.refuse: return self.refuse['POST'], b'{}'
+    said = {}
+    if path.endswith('/create'): said = dict(url=f'{self.url}/{self.repo}')
+    if '/preupload/' in path:
+        names = [f['path'] for f in json.loads(body)['files']]
+        said = dict(files=[dict(path=n, uploadMode='regular', shouldIgnore=False) for n in names])
+    if '/commit/' in path:
+        lines = [json.loads(line) for line in body.splitlines()]
+        new = [line['value'] for line in lines if line['key']=='file']
+        self.files |= {f['path']: base64.b64decode(f['content']) for f in new}
+        said = dict(commitUrl=f'{self.url}/{self.repo}/commit/{"a"*40}', commitOid='a'*40)
+    return 200, json.dumps(said).encode()
+
+@patch
+def do_POST(self:_HubAnswers):
+    hub,path = self.server.hub,self.path.split('?')[0]
+    hub.asked.append(f'POST {path.rpartition("/")[2]}')
+    status,content = hub.take(path, self.rfile.read(int(self.headers['Content-Length'])))
+    self.send_response(status)
+    self.send_header('Content-Length', len(content))
+    self.end_headers()
+    self.wfile.write(content)
 
 # %% ../nbs/00e_standins.ipynb #fill-weight
 def fill_weight(

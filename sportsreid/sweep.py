@@ -22,7 +22,7 @@ from .folders import find_members, unlike_crops
 from .images import CropFiles, PackedCrops, load_batches, normalise, open_crops
 from .models import ReIDModel
 from .own import layout_splits, read_layout
-from .provenance import machine_record, ready_folder, weights_hash
+from .provenance import check_distinct, machine_record, ready_folder, weights_hash
 from .refusals import choose_layout
 from .runs import open_data
 from .soup import greedy_soup, soup_path, soup_spec, uniform_soup, update_bn
@@ -76,6 +76,8 @@ def _check_members(folders):
 def _check_out(out, folders):
     "Refuse to write over a run; say whose soup will be replaced"
     members = [short_path(f) for f in folders]
+    if short_path(out) in members:
+        raise ValueError(f'{short_path(out)} is a member of the soup; give another folder with -p out')
     for folder in (out/'uniform', out/'greedy'):
         config = read_config(folder)
         if (config or (folder/'model.json').exists()) and not isinstance(config.get('members'), list):
@@ -113,6 +115,7 @@ def open_sweep(
     folders = find_members(values['runs'], project_root())
     spec,device = soup_spec(folders), pick_device(values['device'])
     config = _check_members(folders)
+    check_distinct({short_path(f): weights_hash(f) for f in folders})
     _check_out(project_path(values['out']), folders)
     root,tables,train = _read_members_data(values, config)
     ready_folder(project_path(values['out']))

@@ -19,7 +19,8 @@ from torch.serialization import safe_globals
 from torchvision.models import ViT_B_16_Weights
 from .core import first_line, write_whole
 from .models import ARCHS, ReIDModel, build, make_backbone, make_spec
-from .resize import at_size, check_size, resize_weights, say_grid, sized_axes, skeleton, weight_faults
+from .resize import at_size, check_own_tensors, check_size, resize_weights, say_grid, sized_axes
+from .resize import skeleton, weight_faults
 from .spec import read_spec, trained_size
 
 # %% ../nbs/04b_weights.ipynb #our-name
@@ -70,7 +71,7 @@ def read_weights(
     for key in ('learner','state_dict','model'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in state.items())
-    if not state or not plain:
+    if not plain or not state:
         raise ValueError(f'{path} holds no tensors by name, neither alone nor as state_dict or model; '
                          'give the checkpoint of a network')
     return dict(state)
@@ -140,7 +141,7 @@ def _backbone_from(model:ReIDModel, state:dict, where:str|Path, size:tuple[int,i
     if guess and len(fits)>1 and sized_axes(spec):
         raise ValueError(f'{where} may be of {grids}; say at which input size it was trained (weights_size)')
     if guess and fits==[0] and sized_axes(spec):
-        print(f'NOTE: {where} does not say at which input size it was trained; taken as {say_grid(model)}')
+        print(f'NOTE: {where} does not say at which input size it was trained; taken as {say_grid(model)}; weights_size tells')
     return resize_weights(read[fits[0]][0], specs[fits[0]], spec, where)
 
 # %% ../nbs/04b_weights.ipynb #start-from
@@ -213,8 +214,8 @@ def create_model(
     check_size(spec)
     source = spec_source(spec)
     if not weights and pretrained and source=='timm': return build(spec, _from_timm(spec))
-    model = build(spec)
-    if weights: start_from(model, read_weights(weights), weights, weights_size or trained_size(weights, spec))
+    model = check_own_tensors(build(spec))
+    if weights: start_from(model, read_weights(weights), weights, weights_size or trained_size(weights))
     elif not pretrained or source=='none': return model
     elif source=='torchvision': start_from(model, _from_torchvision(spec), source, make_spec(arch)['size'])
     else: start_from(model, _from_osnet(spec), source)
