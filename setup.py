@@ -25,7 +25,8 @@ setup(
     # The recipes and their tables travel with the package, so that an installed wheel runs them without a checkout.
     packages=[name, f'{name}._nbs'],
     package_dir={name: name, f'{name}._nbs': 'nbs'},
-    package_data={name: ['shipped/*/*'], f'{name}._nbs': ['05_train.ipynb', '06_evaluate.ipynb', '07_soup.ipynb', 'recipes/*.yaml']},
+    package_data={name: ['shipped/*/*'], f'{name}._nbs': ['05_train.ipynb', '06_evaluate.ipynb', '07_soup.ipynb', '09_follow.ipynb',
+                                                            'recipes/*.yaml']},
     include_package_data=False,
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),

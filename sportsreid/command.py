@@ -23,12 +23,12 @@ from .refusals import check_names, check_recipe, check_train, check_writable
 
 # %% ../nbs/05f_command.ipynb #results
 def results_folder(
-    program:str,  # evaluate or soup; a training run names its own
+    program:str,  # evaluate, soup or follow; a training run names its own
     given:dict,   # settings
 )->Path:
     "The folder for a recipe's results"
     if given.get('out') and program=='evaluate': return project_path(given['out'])
-    if program=='soup': return project_path(given.get('out', SETTINGS['soup']['out'].default))
+    if program in ('soup','follow'): return project_path(given.get('out', SETTINGS[program]['out'].default))
     return evaluation_folder({**{k: s.default for k,s in SETTINGS['evaluate'].items()}, **given})
 
 def notebook_path(
@@ -168,7 +168,7 @@ def train(
 
 # %% ../nbs/05f_command.ipynb #evaluate
 def run_recipe(
-    command:str,      # evaluate, report or soup
+    command:str,      # evaluate, report, soup or follow
     words:list[str],  # of the command line, after it
 )->None:
     "Check the settings of a recipe, and run it"
@@ -189,11 +189,11 @@ def sweep(
     run_one('soup', given, results_folder('soup', given))
 
 # %% ../nbs/05f_command.ipynb #commands
-RECIPES = {name: partial(run_recipe, name) for name in ('evaluate','report','soup')}
+RECIPES = {name: partial(run_recipe, name) for name in ('evaluate','report','soup','follow')}
 COMMANDS = dict(train=train, **RECIPES, sweep=sweep)
 
 def run_command(
-    command:str='--help',  # or train, evaluate, report, soup, sweep, or one of `LATER`
+    command:str='--help',  # or train, evaluate, report, soup, follow, sweep, or one of `LATER`
     *rest:str,             # words after it
 )->None:
     "Do what a command line says"

@@ -15,7 +15,7 @@ from numpy import ndarray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from .core import first_line, project_path, write_whole
-from .identify import Embedder, Matches, assign, check_unit
+from .identify import Embedder, Matches, accepted, assign, check_unit
 from .calibrate import Thresholds
 
 # %% ../nbs/09e_gallery.ipynb #keep-views
@@ -107,6 +107,7 @@ def add(self:Gallery,
     feats,pids = self._checked(feats, model), np.asarray(pids)
     if pids.shape!=(len(feats),) or (len(pids) and (pids.dtype.kind not in 'iu' or pids.min()<0)):
         raise ValueError(f'pids are {len(feats)} whole numbers, 0 or more, one a feature, not {pids.tolist()[:9]}')
+    if not np.isfinite(time): raise ValueError(f'time is a number of seconds or frames, not {time}')
     if not len(feats): return self
     old = self.feats if self.feats is not None else feats[:0]
     self.feats,self.pids = np.concatenate([old,feats]), np.concatenate([self.pids,pids])
@@ -141,7 +142,8 @@ def match(self:Gallery,
 )->Matches:  # its rows and its best are pids
     "Who in the gallery each crop may be"
     feats,players = self._checked(feats, model), self.players
-    if threshold is None: threshold = self.calibration.threshold() if self.calibration else -1.
+    threshold = accepted(threshold, self.calibration)
+    if k<1: raise ValueError(f'k is the number of candidates, 1 or more, not {k}')
     scores = self.scores(feats)
     order = np.argsort(-scores, axis=1, kind='stable')[:,:k]
     top = np.take_along_axis(scores, order, 1)

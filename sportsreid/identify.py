@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'MOST_PAIRS', 'cache_folder', 'open_graph', 'choose_engine', 'Embedder', 'top_rows', 'assign', 'check_unit',
-           'Candidate', 'Matches', 'match']
+           'Candidate', 'Matches', 'accepted', 'match']
 
 # %% ../nbs/09d_identify.ipynb #imports
 import os, re
@@ -19,6 +19,7 @@ from numpy import ndarray
 from pandas import DataFrame
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from .checks import is_count, is_number
 from .core import first_line, lazy_names, progress
 from .export import ByteGraph, OnnxGraph, drawn_crops, graph_notes, write_graph
 from .export import missing_packages, need_packages
@@ -101,6 +102,8 @@ class Embedder:
         batch_size:int|None=None,  # crops at a time; None: 32 on a CPU, else 512
         engine:str='auto',         # torch, onnx (CPU only), or auto
     ):
+        if batch_size is not None and not is_count(batch_size):
+            raise ValueError(f'batch_size is a whole number of crops, 1 or more, not {batch_size!r}')
         folder = find_network(source)
         model = open_network(folder)
         self.spec,self.dim,self.size = model.spec,model.dim,tuple(model.spec['size'])
@@ -241,6 +244,16 @@ class Matches:
         return DataFrame(dict(query=range(len(self)), best=best, candidate=[c.row for c in first],
                               score=[c.score for c in first], probability=[c.probability for c in first]))
 
+# %% ../nbs/09d_identify.ipynb #accepted
+def accepted(
+    threshold:float|None,           # as given
+    calibration:Thresholds|None,    # of the network
+)->float:  # a ValueError if it is no cosine
+    "The lowest cosine to accept: the given one, or that of a calibration for 1% false matches, or any"
+    if threshold is None: return calibration.threshold() if calibration else -1.
+    if is_number(threshold) and -1<=threshold<=1: return float(threshold)
+    raise ValueError(f'threshold is a cosine, -1 to 1, not {threshold!r}')
+
 # %% ../nbs/09d_identify.ipynb #match
 MOST_PAIRS = 2**24  # for a one-to-one match
 
@@ -258,7 +271,7 @@ def match(
         raise ValueError(f'The query features have {query.shape[1]} columns, the gallery features {gallery.shape[1]}; '
                          'make both with one network')
     if k<1: raise ValueError(f'k is the number of candidates, 1 or more, not {k}')
-    if threshold is None: threshold = calibration.threshold() if calibration else -1.
+    threshold = accepted(threshold, calibration)
     rows,scores = top_rows(query, gallery, k)
     best = [r[0] if r and s[0]>=threshold else None for r,s in zip(rows.tolist(), scores)]
     if one_to_one and len(query)*len(gallery)>MOST_PAIRS:

@@ -18,8 +18,9 @@ OPTIONS = dict(
     show     = Setting(bool, False, 'print each setting and where it comes from, and train nothing'),
 )
 FEW = {'notebook': OPTIONS['notebook']}
-PROGRAMS = dict(train='train', sweep='train', evaluate='evaluate', report='evaluate', soup='soup')
-OWN = dict(train=OPTIONS, sweep=OPTIONS, evaluate=FEW, report=FEW, soup=FEW)
+PROGRAMS = dict(train='train', sweep='train', evaluate='evaluate', report='evaluate', soup='soup',
+                follow='follow')
+OWN = dict(train=OPTIONS, sweep=OPTIONS, evaluate=FEW, report=FEW, soup=FEW, follow=FEW)
 
 # %% ../nbs/05ec_options.ipynb #one-word
 def one_word(
@@ -34,7 +35,7 @@ def one_word(
 
 # %% ../nbs/05ec_options.ipynb #read-options
 def option_kind(
-    command:str,  # train, evaluate, report, soup or sweep
+    command:str,  # train, evaluate, report, soup, follow or sweep
     name:str,     # of an option
 )->type:  # str where there is no such option
     "What an option is"
@@ -42,7 +43,7 @@ def option_kind(
     return known[name].kind if name in known else str
 
 def read_options(
-    command:str,       # train, evaluate, report, soup or sweep
+    command:str,       # train, evaluate, report, soup, follow or sweep
     words:list[str],   # after it
 )->tuple[dict,dict]:  # settings of the program, options of the command; a ValueError says what is wrong
     "Split and check a command line"
@@ -78,6 +79,7 @@ EXAMPLES = dict(
     evaluate = ('score a run, or a published checkpoint', 'sportsreid_run evaluate --run runs/tiny-s1 --split test'),
     report   = ('score it, and write one HTML file about it', 'sportsreid_run report --run runs/tiny-s1'),
     soup     = ('average the weights of several runs', "sportsreid_run soup --runs 'runs/tiny-s?'"),
+    follow   = ('join the ids of a tracker to players', 'sportsreid_run follow --frames match --tracks tracks.txt'),
     sweep    = ('train several seeds, then average and score them', 'sportsreid_run sweep --arch tiny --seeds 1 2 3'))
 
 def help_text()->str:
@@ -88,7 +90,7 @@ def help_text()->str:
     return '\n'.join(['usage: sportsreid_run COMMAND [--OPTION VALUE ...]', '', *lines, '', *more])
 
 def options_text(
-    command:str,  # train, evaluate, report, soup or sweep
+    command:str,  # train, evaluate, report, soup, follow or sweep
 )->str:
     "Every option of a command: type, default, meaning"
     what,example = EXAMPLES[command]

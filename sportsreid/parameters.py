@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'YES_NO', 'KINDS', 'SPLITS', 'LAYOUTS', 'RUN', 'NETWORK', 'BATCHES', 'STEPS', 'MACHINE', 'METHOD', 'TRAIN',
-           'SHARED', 'EVALUATE', 'SOUP', 'SETTINGS', 'WRITTEN', 'MOVED', 'PLAIN', 'Setting', 'as_kind', 'check_value',
-           'in_interval', 'read_size', 'parse_size', 'read_splits', 'read_device', 'check_settings', 'given_settings',
-           'all_settings']
+           'SHARED', 'EVALUATE', 'SOUP', 'FOLLOW', 'SETTINGS', 'WRITTEN', 'MOVED', 'PLAIN', 'Setting', 'as_kind',
+           'check_value', 'in_interval', 'read_size', 'parse_size', 'read_splits', 'read_device', 'check_settings',
+           'given_settings', 'all_settings']
 
 # %% ../nbs/05d_parameters.ipynb #imports
 import re
@@ -220,7 +220,18 @@ SOUP = dict(
     path_points = Setting(int, 9, 'networks to score between the first two members; 0: none'),
     **SHARED,
 )
-SETTINGS = dict(train=TRAIN, evaluate=EVALUATE, soup=SOUP)
+FOLLOW = dict(
+    frames    = Setting(str, '', "folder of numbered frames, or a video; '': a drawn match"),
+    tracks    = Setting(str, '', 'MOTChallenge rows of a tracker: frame, id, left, top, width, height, confidence'),
+    cuts      = Setting(str, '', "first frame of each shot but the first, with commas between; none; '': found"),
+    network   = Setting(str, 'tiny', 'a run folder, the name of shipped weights, or a repository of the hub'),
+    threshold = Setting(float, .5, 'lowest mean cosine of two tracklets to join them', '[-1,1]'),
+    most      = Setting(int, 8, 'crops of a tracklet to look at', '[1,inf)'),
+    across    = Setting(bool, True, 'also join across cuts'),
+    out       = Setting(str, 'runs/follow', 'folder of the results'),
+    device    = SHARED['device'],
+)
+SETTINGS = dict(train=TRAIN, evaluate=EVALUATE, soup=SOUP, follow=FOLLOW)
 
 # %% ../nbs/05d_parameters.ipynb #check-settings
 WRITTEN = 'run', 'out', 'packs'  # folders that a recipe fills

@@ -18,10 +18,10 @@ from .lines import nearest
 from .parameters import METHOD, NEEDED, NETWORK, RUN, TRAIN, check_settings
 
 # %% ../nbs/05d_recipes.ipynb #recipe-path
-NOTEBOOKS = dict(train='05_train', evaluate='06_evaluate', soup='07_soup')
+NOTEBOOKS = dict(train='05_train', evaluate='06_evaluate', soup='07_soup', follow='09_follow')
 
 def recipe_path(
-    program:str,  # train, evaluate or soup
+    program:str,  # train, evaluate, soup or follow
 )->Path:  # its notebook; a FileNotFoundError says where it was looked for
     "Find a recipe: around the current folder, else around the package, else inside the package"
     if program not in NOTEBOOKS: raise ValueError(f'there is no program {program!r}; there are {", ".join(NOTEBOOKS)}')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NETWORKS', 'timm_names', 'check_names', 'check_format', 'is_done', 'choose_data', 'choose_layout',
-           'check_data', 'check_file', 'check_writable', 'check_members', 'check_recipe', 'check_train']
+           'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_recipe',
+           'check_train']
 
 # %% ../nbs/05d_refusals.ipynb #imports
 import glob, importlib.util, os, re
@@ -145,10 +146,22 @@ def check_members(
         raise NoRun(f'{name!r} names no run folder with a network; train them first: '
                     'sportsreid_run train --seeds 1 2')
 
+# %% ../nbs/05d_refusals.ipynb #check-footage
+def check_footage(
+    frames:str,  # folder or video; '': none
+    tracks:str,  # file; '': none
+)->None:  # a ValueError or FileNotFoundError says what is missing
+    "Make sure that frames and tracks are there, or that both are left out"
+    if bool(frames)!=bool(tracks):
+        lacks = 'tracks' if frames else 'frames'
+        raise ValueError(f'frames and tracks belong together, and {lacks} is not given; leave out both to draw a match')
+    check_file('folder of frames or video', frames)
+    check_file('file of tracks', tracks)
+
 # %% ../nbs/05d_refusals.ipynb #check-recipe
 @in_a_sentence()
 def check_recipe(
-    program:str,  # train, evaluate or soup
+    program:str,  # train, evaluate, soup or follow
     given:dict,   # checked settings
 )->None:  # a ValueError, FileNotFoundError or OSError says what is wrong
     "Refuse what can be refused without torch"
@@ -157,6 +170,7 @@ def check_recipe(
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
     if program=='soup': return check_members(values['runs'])
+    if program=='follow': return check_footage(values['frames'], values['tracks'])
     check_file('checkpoint', values['checkpoint'])
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])

@@ -12,6 +12,7 @@ import numpy as np
 from numpy import ndarray
 from pandas import DataFrame
 from .identify import Embedder
+from .inputs import ORDERS
 
 # %% ../nbs/09g_trackers.ipynb #embedder
 class TrackerEmbedder:
@@ -19,7 +20,10 @@ class TrackerEmbedder:
     def __init__(self,
         embedder:Embedder,  # whose features are wanted
         order:str='bgr',    # of the frames' colours; what these trackers give is bgr
-    ): self.embedder,self.order = embedder,order
+    ):
+        if not isinstance(embedder, Embedder): raise ValueError(f'give an Embedder, such as Embedder({embedder!r}), not its name')
+        if order not in ORDERS: raise ValueError(f'order is one of {", ".join(ORDERS)}, not {order!r}')
+        self.embedder,self.order = embedder,order
 
     def get_features(self,
         boxes:ndarray,  # (N,4) left, top, right, bottom in pixels
