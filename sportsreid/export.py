@@ -177,8 +177,8 @@ def export_onnx(
     folder = find_network(folder)
     model = open_network(folder).to(memory_format=torch.contiguous_format)
     spec,notes = model.spec, graph_notes(model)
-    crops = drawn_crops(spec['size'], spec['fit'])
     if len(images): crops = GivenImages(list(images), spec['size'], spec['fit'])[list(range(len(images)))]
+    else: crops = drawn_crops(spec['size'], spec['fit'])
     out = project_path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     byte,path = ByteGraph(model), out/'embed.onnx'

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from numpy import ndarray
 from .checks import is_number
-from .core import write_whole
 from .linkage import Groups, Join, best_rival, confidence_of, join_groups
 from .tracklets import number_tracklets, out_of_reach, seen_together, shot_of, tracklet_features
-from .tracks import MOT_COLUMNS, check_mot
+from .tracks import MOT_COLUMNS, check_mot, write_rows
 
 # %% ../nbs/09fb_follow.ipynb #follow-check
 def check_feats(
@@ -139,11 +138,7 @@ def write_tracks(
     path:str|Path,      # text file to write; its folder must be there
 )->Path:  # the file
     "Write followed players as MOTChallenge has tracks: rows and their order as they were given to `follow`"
-    rows = check_mot(followed.rows.assign(id=followed.rows.player))
-    text = rows.assign(x=-1, y=-1, z=-1).to_csv(header=False, index=False, lineterminator='\n')
-    path = Path(path).expanduser()
-    with write_whole(path) as whole: whole.write_text(text)
-    return path
+    return write_rows(check_mot(followed.rows.assign(id=followed.rows.player)), path)
 
 # %% ../nbs/09fb_follow.ipynb #show-players
 def show_players(

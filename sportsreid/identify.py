@@ -45,9 +45,9 @@ def _graph_of(path:Path, named:str)->OnnxGraph|None:
 def open_graph(
     folder:Path,       # of the network
     model:ReIDModel,   # the network
+    named:str,         # its fingerprint
 )->OnnxGraph:  # written now if there is none
     "A network's graph for onnxruntime"
-    named = network_print(model)
     kept = cache_folder()/f'{named}.onnx'
     found = _graph_of(folder/'embed.onnx', named) or _graph_of(kept, named)
     if found: return found
@@ -113,7 +113,7 @@ class Embedder:
         self.device = _device(device)
         self.batch_size = batch_size or (32 if self.device.type=='cpu' else 512)
         self.engine,self.why = choose_engine(engine, self.device, model)
-        self._graph = open_graph(folder, model) if self.engine=='onnx' else None
+        self._graph = open_graph(folder, model, self.fingerprint) if self.engine=='onnx' else None
         self._model = model.to(self.device) if self.engine=='torch' else None
 
     @property
