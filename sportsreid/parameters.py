@@ -272,9 +272,10 @@ def given_settings(
 )->dict:  # name: value, of those that are given
     "Collect and check what a notebook's parameters say"
     plain = {k: v for k,v in variables.items() if k[0]!='_' and k not in ('In','Out') and isinstance(v, PLAIN)}
+    if variables.get('_names_checked'): plain = {k: v for k,v in plain.items() if k in SETTINGS[program]}
     defaults = {k: s.default for k,s in RUN.items()} if program=='train' else {}  # left as the cell has them
     given = check_settings(program, {k: v for k,v in plain.items() if k not in defaults or v!=defaults[k]})
-    variables.update(given)
+    variables.update(given, _names_checked=True)
     return given
 
 # %% ../nbs/05d_parameters.ipynb #all-settings
