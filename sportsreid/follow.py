@@ -56,32 +56,40 @@ class Followed:
 
     def __repr__(self):
         counts = self.rows[['shot','tracklet','player']].nunique()
+        unsure = int((self.joins.confidence<.5).sum())
         return (f'{len(self.rows)} boxes, {counts.shot} shots, {counts.tracklet} tracklets: {counts.player} players by '
-                f'{len(self.joins)} joins, {int(self.joins.across.sum())} of them across cuts')
+                f'{len(self.joins)} joins, {int(self.joins.across.sum())} of them across cuts, '
+                f'{unsure} with a confidence below 0.5')
 
 # %% ../nbs/09fb_follow.ipynb #evidence
 def _evidence(rows:pd.DataFrame, feats:ndarray, sample:ndarray, reach:float|None)->Groups:
     "A group for each tracklet; the order of rows plays no part"
     tracklets,frames = rows.tracklet.to_numpy(),rows.frame.to_numpy()
-    lacking = ~np.isin(tracklets, tracklets[sample])
-    if lacking.any():
-        lost = rows[lacking].iloc[0]
-        raise ValueError(f'id {lost.id:.0f} has no feature in the shot of frame {lost.frame:.0f}; embed the rows that '
-                         'pick_crops(rows, cuts=cuts) names')
     order = np.lexsort((frames[sample],tracklets[sample]))
-    of = tracklets[sample[order]]
+    known,of = np.unique(tracklets[sample[order]], return_inverse=True)
+    n = tracklets.max()+1
+    means,weights = np.zeros((n, feats.shape[1])),np.zeros(n)
+    means[known],weights[known] = tracklet_features(feats[order], of),np.bincount(of)
     far = out_of_reach(rows, tracklets, rows['shot'].to_numpy(), reach) if reach else np.zeros((0,2), int)
     apart = np.concatenate([seen_together(frames, tracklets), far])
-    return Groups(tracklet_features(feats[order], of), np.bincount(of), apart)
+    return Groups(means, weights, apart)
+
+def _say_unknown(rows:pd.DataFrame, groups:Groups):
+    "Name the ids without a feature, which stay alone"
+    lost = rows[groups.weights[rows.tracklet]==0].drop_duplicates('tracklet')
+    if not len(lost): return
+    first = ', '.join(f'{row.id} (frame {row.frame})' for row in lost.head(3).itertuples())
+    more = f' and {len(lost)-3} more' if len(lost)>3 else ''
+    print(f'NOTE: without a feature, so joined to nobody: id {first}{more}')
 
 def _join_all(groups:Groups, shots:ndarray, threshold:float, across:bool)->tuple[list[Join],int]:
     "Join inside each shot, then across; all joins, and how many were made inside shots"
-    joins = []
+    joins,known = [],groups.weights>0
     for shot in np.unique(shots):
-        groups.open[:] = shots==shot
+        groups.open[:] = (shots==shot) & known
         joins += join_groups(groups, threshold)
     inside = len(joins)
-    groups.open[:] = groups.members==np.arange(len(shots))
+    groups.open[:] = (groups.members==np.arange(len(shots))) & known
     return (joins+join_groups(groups, threshold) if across else joins), inside
 
 # %% ../nbs/09fb_follow.ipynb #sure
@@ -116,13 +124,14 @@ def follow(
     across:bool=True,           # also join across cuts
     reach:float|None=2.,        # body heights that a player may move a frame; None: any number
 )->Followed:  # ValueError says what is wrong with what was given
-    "Join tracklets to players"
+    "Join tracklets to players; those without a feature stay alone, and are named"
     check_rules(threshold, reach)
     more = [c for c in rows if c not in MOT_COLUMNS]
     rows = check_mot(rows).join(rows[more].reset_index(drop=True))
     feats,sample = check_feats(feats, sample, len(rows))
     rows = rows.assign(shot=shot_of(rows.frame, cuts), tracklet=number_tracklets(rows, cuts))
     groups = _evidence(rows, feats, sample, reach)
+    _say_unknown(rows, groups)
     means,weights = groups.means.copy(),groups.weights.copy()
     shots = rows.groupby('tracklet')['shot'].first().to_numpy()
     joins,inside = _join_all(groups, shots, threshold, across)
