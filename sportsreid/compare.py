@@ -17,7 +17,7 @@ from .evaluate import Ranking, rank_crops
 from .figures import compare_ranked
 from .folders import unlike_crops
 from .images import open_crops
-from .intervals import as_percent, difference, score_table
+from .intervals import as_percent, difference, drawn_words, score_table, several_actions
 from .own import read_layout
 from .record import read_log
 from .refusals import check_members, choose_layout
@@ -108,7 +108,7 @@ def difference_verdict(
     "A sentence on the difference of two runs"
     d = 100*difference(first, second).loc['mAP']
     said = f'The mAP differs by {d["value"]:+.1f} points, with an interval from {d["low"]:+.1f} to {d["high"]:+.1f}'
-    if pd.isna(d['low']): return f'{said}: all queries are of one action, so nobody knows what others would say.'
+    if not several_actions(first): return f'{said}: drawn from queries of one action, so nobody knows what others would say.'
     if d['low']<=0<=d['high']: return f'{said}: other actions might say the opposite.'
     return f'{said}: other actions would probably agree. Train further seeds before you believe it.'
 
@@ -139,7 +139,7 @@ def compare_runs(
     told = {name: difference_verdict(rankings[first], rankings[name]) for name in others}
     parts = {'Settings that differ': [table(differ) if len(differ) else paragraph('None.')],
              'Curves': [picture(plot_curves(folders), 'Loss and validation mAP over steps')],
-             f'Scores on {split}': [paragraph('In percent, with 95% intervals from draws of whole actions.'), table(scores)],
+             f'Scores on {split}': [paragraph(drawn_words(rankings)), table(scores)],
              'Differences': [table(score_differences(rankings)),
                              *[paragraph(f'{name} beside {first}: {said}') for name,said in told.items()]]}
     for name in others:

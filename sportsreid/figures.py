@@ -112,7 +112,8 @@ def query_kinds(
 )->dict:  # name: a value for each query
     "What to split a score by"
     kinds,query = {}, ranking.query
-    if 'person' in query: kinds['class'] = check_column(query, 'query', 'person')
+    named = 'person' in query and query.person.nunique()<query.pid.nunique()  # and no name of its own for each player
+    if named: kinds['class'] = check_column(query, 'query', 'person')
     if 'height' in query: kinds['crop height'] = bins(check_column(query, 'query', 'height'), n)
     kinds['gallery size'] = bins(ranking.queries()['gallery'], n)
     return kinds

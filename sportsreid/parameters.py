@@ -112,7 +112,7 @@ def read_splits(
     return text
 
 # %% ../nbs/05d_parameters.ipynb #settings-run
-LAYOUTS = 'auto', 'soccernet', 'folders', 'csv', 'mot', 'market', 'synergy'
+LAYOUTS = 'auto', 'soccernet', 'folders', 'teams', 'csv', 'mot', 'market', 'synergy'
 RUN = dict(
     data   = Setting(str, '', "folder or .csv file; '': $SPORTSREID_DATA, data/soccernet or simulated"),
     layout = Setting(str, 'auto', 'how the data are laid out; auto: recognised', LAYOUTS),

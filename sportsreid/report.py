@@ -17,7 +17,7 @@ from .calibrate import network_print, read_thresholds
 from .core import short_path, write_whole
 from .evaluate import Ranking
 from .figures import plot_cmc, plot_scores, plot_scores_by, query_kinds
-from .intervals import as_percent, score_table
+from .intervals import as_percent, drawn_words, score_table
 from .scoring import Evaluation
 
 # %% ../nbs/09h_report.ipynb #pieces
@@ -169,7 +169,7 @@ def report_parts(
     ranking,parts = rankings[last], {}
     if known:
         drawn = plot_scores(against).figure
-        parts['Scores'] = [paragraph('In percent, with 95% intervals from draws of whole actions.'),
+        parts['Scores'] = [paragraph(drawn_words(known)),
                            table(as_percent(score_table(known)))]
         parts['Beside baselines'] = [paragraph(verdict(against)), picture(drawn, f'mAP on {last} beside baselines'),
                                      table(as_percent(against))]
