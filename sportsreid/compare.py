@@ -8,7 +8,7 @@ __all__ = ['run_names', 'setting_differences', 'plot_curves', 'rank_runs', 'scor
 
 # %% ../nbs/09ha_compare.ipynb #imports
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame
 from .core import project_path, read_config, short_path, write_whole

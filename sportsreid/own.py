@@ -17,7 +17,7 @@ from .data import check_crops, find_data, read_soccernet
 from .files import walk_folders
 from .layouts import other_images, read_folders, read_table, say_once
 from .market import MARKET_FOLDERS, read_market, read_synergy
-from .splits import check_apart, query_gallery
+from .splits import check_apart, check_bytes, query_gallery
 
 # %% ../nbs/01n_own.ipynb #split-folders
 LAYOUTS = 'auto', 'soccernet', 'folders', 'teams', 'csv', 'mot', 'market', 'synergy'
@@ -143,14 +143,14 @@ def _folder_splits(root:Path, depth:int)->dict[str,pd.DataFrame]:
     if not splits: return split_own(read_folders(root, depth))
     tables = [read_folders(folder, depth).assign(split=s) for s,folder in splits.items()]
     crops = pd.concat(tables, ignore_index=True)
-    return given_splits(crops.assign(pid=pd.factorize(crops.person, sort=True)[0]))
+    return check_bytes(given_splits(crops.assign(pid=pd.factorize(crops.person, sort=True)[0])))
 
 def _table_splits(root:Path)->dict[str,pd.DataFrame]:
     files = [root] if root.is_file() else sorted(root.glob('*.csv'))
     if len(files)!=1: raise ValueError(f'{root} holds {len(files)} .csv files; give the path of the one that is meant')
     crops = read_table(files[0])
-    if 'split' in crops: return given_splits(crops.assign(split=crops.split.fillna('')))
-    return split_own(crops) if (crops.role=='train').all() else hold_out(crops)
+    if 'split' in crops: return check_bytes(given_splits(crops.assign(split=crops.split.fillna(''))))
+    return split_own(crops) if (crops.role=='train').all() else check_bytes(hold_out(crops))
 
 def _clip_splits(root:Path, keep:str|Path)->dict[str,pd.DataFrame]:
     crops = read_clips(root, keep)
