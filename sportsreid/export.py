@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAVE_ONNX', 'BATCHES', 'TOLERANCE', 'ByteGraph', 'FloatGraph', 'missing_packages', 'need_packages', 'OnnxGraph',
-           'trace', 'largest_difference', 'write_graph', 'drawn_crops', 'graph_notes', 'export_onnx']
+           'trace', 'largest_difference', 'write_graph', 'drawn_crops', 'graph_notes', 'graph_folder', 'export_onnx']
 
 # %% ../nbs/09c_export.ipynb #imports
 import contextlib, importlib.util, io, logging, tempfile, warnings
@@ -18,8 +18,10 @@ from .hub import find_network, open_network
 from .images import IMAGENET
 from .inputs import GivenImages
 from .models import ReIDModel
+from .refusals import check_writable
 from .simulate import simulate_broadcast
 from .calibrate import network_print
+from .weights import shipped_model
 
 # %% ../nbs/09c_export.ipynb #byte-graph
 def _per_colour(values)->Tensor: return torch.tensor(values, dtype=torch.float32).view(1,3,1,1)
@@ -167,19 +169,30 @@ def graph_notes(
                 colours='rgb', made_by='sportsreid')
 
 # %% ../nbs/09c_export.ipynb #export-onnx
+def graph_folder(
+    source:str|Path,  # a network, see `find_network`
+    out:str|Path='',  # where to write, as given
+)->Path:  # need not exist
+    "Where graphs go: as given, or beside a network of your own, or NAME-onnx for one that is not"
+    if out: return project_path(out)
+    folder = project_path(source)
+    if folder.is_dir() and not folder.resolve().is_relative_to(shipped_model().parent): return folder
+    return project_path(f'{Path(source).name}-onnx')
+
 def export_onnx(
     folder:str|Path,    # of the network, see `find_network`
-    out:str|Path='',    # where to write; '': into that folder
+    out:str|Path='',    # where to write; '': see `graph_folder`
     images:list=(),     # paths or PIL images of real crops to compare on; none: drawn ones
 )->Path:  # embed.onnx (bytes in); beside it lie embed_float.onnx and embed.pt2
     "Write a network as ONNX and as a program of torch, each compared with the network"
     need_packages('Writing an ONNX graph', 'onnx', 'onnxscript', 'onnxruntime')
+    out = graph_folder(folder, out)
+    check_writable(out)
     folder = find_network(folder)
     model = open_network(folder).to(memory_format=torch.contiguous_format)
     spec,notes = model.spec, graph_notes(model)
     if len(images): crops = GivenImages(list(images), spec['size'], spec['fit'])[list(range(len(images)))]
     else: crops = drawn_crops(spec['size'], spec['fit'])
-    out = project_path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     byte,path = ByteGraph(model), out/'embed.onnx'
     apart = write_graph(byte, crops, path, notes)
@@ -191,4 +204,5 @@ def export_onnx(
     program = io.BytesIO()
     torch.export.save(trace(byte, spec['size']), program)
     with write_whole(out/'embed.pt2') as tmp: tmp.write_bytes(program.getvalue())
+    print('embed.pt2: bytes in, as a program of torch')
     return path

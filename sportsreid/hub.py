@@ -190,6 +190,9 @@ def find_network(
     source:str|Path,  # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
 )->Path:  # its folder; an error says what there is
     "The folder of a network"
+    if not isinstance(source, (str,Path)):
+        raise ValueError(f'a network is given by its folder or its name, such as runs/mine or tiny, not as '
+                         f'{type(source).__name__}; a module is first kept with save_model(folder, module)')
     folder = project_path(source)
     if folder.is_dir():
         if (folder/'model.json').is_file(): return folder
@@ -197,4 +200,5 @@ def find_network(
     text = str(source)
     if re.fullmatch(r'[\w.-]+/[\w.-]+', text) and not text.startswith(('runs/','.')): return from_pretrained(text)
     if '/' in text or '\\' in text: raise FileNotFoundError(f'There is no folder {folder}; train a network first')
-    return shipped_model(text)
+    try: return shipped_model(text)
+    except FileNotFoundError as e: raise FileNotFoundError(f'There is no folder {folder}. {e}') from e
