@@ -11,6 +11,7 @@ import functools, hashlib, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from numpy import ndarray
 from pandas import DataFrame
 from torch import Tensor
@@ -81,29 +82,6 @@ class Thresholds:
     rates:dict    # false-match rate as text: score, low, high, found (share of same-player pairs above); or None
     curve:dict    # see `probability`
 
-    @property
-    def known(self)->list[str]:  # such as 0.1 and 0.01
-        "The false-match rates that have a threshold"
-        return [rate for rate,v in self.rates.items() if v]
-
-    def threshold(self,
-        rate:float|None=None,  # share of the pairs of two players that may be taken for one; None: 0.01, see `usual_rate`
-    )->float:  # a ValueError says which rates there are
-        "Lowest cosine to accept"
-        if rate is not None and not is_number(rate): raise ValueError(f'rate is a number such as 0.01, not {rate!r}')
-        text = self.usual_rate() if rate is None else f'{rate:g}'
-        if found := self.rates.get(text): return found['score']
-        raise ValueError(f'There is no threshold for a false-match rate of {text}; '
-                         f'there is one for {", ".join(self.known) or "none, as too few pairs were compared"}')
-
-    def usual_rate(self)->str:
-        "0.01, or where that is not known the smallest rate that is, which a note says"
-        if '0.01' in self.known or not self.known: return '0.01'
-        least = min(self.known, key=float)
-        note_once(f'too few pairs were compared to know the threshold of {self.model} for a false-match rate of 0.01, '
-                  f'so that for {least} is taken; calibrate on more actions, or give a threshold')
-        return least
-
     def probability(self, scores:ndarray)->ndarray:
         "How likely pairs with these cosines are of one player, as frequent as they are inside an action"
         return probability(self.curve, scores)
@@ -112,6 +90,32 @@ class Thresholds:
         "The thresholds to read"
         rows = {f'{float(k):.1%}': v for k,v in self.rates.items() if v}
         return DataFrame(rows).T.rename(columns=dict(score='threshold', found='same-player pairs found'))
+
+# %% ../nbs/09ab_calibrate.ipynb #thresholds-rate
+@patch(as_prop=True)
+def known(self:Thresholds)->list[str]:  # such as 0.1 and 0.01
+    "The false-match rates that have a threshold"
+    return [rate for rate,v in self.rates.items() if v]
+
+@patch
+def threshold(self:Thresholds,
+    rate:float|None=None,  # share of the pairs of two players taken for one; None: see `usual_rate`
+)->float:  # a ValueError says which rates there are
+    "Lowest cosine to accept"
+    if rate is not None and not is_number(rate): raise ValueError(f'rate is a number such as 0.01, not {rate!r}')
+    text = self.usual_rate() if rate is None else f'{rate:g}'
+    if found := self.rates.get(text): return found['score']
+    raise ValueError(f'There is no threshold for a false-match rate of {text}; '
+                     f'there is one for {", ".join(self.known) or "none, as too few pairs were compared"}')
+
+@patch
+def usual_rate(self:Thresholds)->str:
+    "0.01, or where that is not known the smallest rate that is, which a note says"
+    if '0.01' in self.known or not self.known: return '0.01'
+    least = min(self.known, key=float)
+    note_once(f'too few pairs were compared to know the threshold of {self.model} for a false-match rate of 0.01, '
+              f'so that for {least} is taken; calibrate on more actions, or give a threshold')
+    return least
 
 # %% ../nbs/09ab_calibrate.ipynb #rates-table
 def _rates(counts:ScoreCounts, draws:list, level:float)->dict:

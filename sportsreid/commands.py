@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KIND', 'MATCH_RATES', 'TOOLS', 'write_features', 'read_features', 'images_below', 'sound_images', 'embed_files',
-           'embed', 'check_match', 'match', 'export', 'own_network', 'check_unseen', 'calibrate', 'run_tool']
+           'embed', 'check_match', 'match', 'export', 'own_network', 'check_unseen', 'calibrate', 'data', 'compare',
+           'run_tool']
 
 # %% ../nbs/09ea_commands.ipynb #imports
 import json  # torch and all that needs it is imported where it is used, so that help comes at once
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
-from fastcore.script import anno_parser
+from fastcore.script import Param, anno_parser
 from .checks import is_count, is_number
 from .core import project_path, read_config, short_path, write_whole
 from .files import list_images
@@ -47,13 +48,12 @@ def read_features(
 )->tuple[np.ndarray,list[str],dict]:  # (N,D) `Features`, paths, and model and calibration
     "Read a file of features"
     from sportsreid.gallery import read_arrays
-    from sportsreid.listing import counted
     from sportsreid.named import Features
     arrays,told = read_arrays(path, KIND)
-    text = arrays['paths'].tobytes().decode('utf-8', 'surrogateescape')
-    paths = text.split('\0') if len(arrays['features']) else []
+    names = arrays['paths'].tobytes().decode('utf-8', 'surrogateescape')
+    paths = names.split('\0') if len(arrays['features']) else []
     if len(paths)!=len(arrays['features']):
-        raise ValueError(f'{path} holds {len(arrays["features"])} features of {counted(len(paths), "image")}; write it again')
+        raise ValueError(f'{path} holds {len(arrays["features"])} features of {len(paths)} images; write it again')
     return Features(arrays['features'], told['model']), paths, told
 
 # %% ../nbs/09ea_commands.ipynb #embed
@@ -80,6 +80,7 @@ def sound_images(
     if bad.any(): print(f'NOTE: left out, since {list_faults(table, looked, 20)}', flush=True)
     return table.path[~bad].tolist()
 
+# %% ../nbs/09ea_commands.ipynb #embed-itself
 def embed_files(
     embedder,         # `Embedder`
     paths:list[str],  # of images
@@ -130,6 +131,7 @@ def check_match(
         if side.is_dir(): images_below(side)
         elif not side.is_file(): raise FileNotFoundError(f'There is no folder of images and no file of features {side}')
 
+# %% ../nbs/09ea_commands.ipynb #sides-itself
 class _Sides:
     "Features of folders and files, all of one network"
     def __init__(self, model:str, sides:tuple[str,str]):
@@ -203,6 +205,7 @@ def export(
     print(f'graphs (.onnx) and program (.pt2): {short_path(path.parent)}')
     return path
 
+# %% ../nbs/09ea_commands.ipynb #own-network
 def own_network(
     folder:str,  # as given
 )->Path:  # its run folder; an error says what to do
@@ -229,6 +232,7 @@ def check_unseen(
         raise ValueError(f'{short_path(run)} was trained on {split}, so thresholds from there would hold for no other '
                          'crops; give another --split, or --data FOLDER')
 
+# %% ../nbs/09ea_commands.ipynb #calibrate-itself
 def calibrate(
     folder:str,          # a run folder
     data:str='',         # folder or .csv file; none: the run's own
@@ -251,8 +255,38 @@ def calibrate(
         print(f'resize {t.resize}, equal error rate {t.eer["value"]:.1%}:\n{t.table().to_string()}')
     return run/'thresholds.json'
 
+# %% ../nbs/09ea_commands.ipynb #compare
+def data(
+    folder:str,          # folder or .csv file
+    layout:str='auto',   # soccernet, folders, teams, csv, mot, market or synergy; auto: recognised
+)->None:
+    "Say what is in a folder of crops, split by split, or what is wrong with it"
+    import pandas as pd
+    from sportsreid.own import find_layout, layout_splits, read_layout
+    found = find_layout(folder) if layout=='auto' else layout
+    tables = {s: read_layout(folder, found, s) for s in layout_splits(folder, found)}
+    if not tables: raise ValueError(f'{folder} holds no split of the layout {found}')
+    def count(crops):
+        role = crops.role.value_counts()
+        return dict(crops=len(crops), players=crops.pid[crops.pid>=0].nunique(), actions=crops.action.nunique(),
+                    queries=role.get('query', 0), gallery=role.get('gallery', 0))
+    print(f'{folder}: layout {found}')
+    print(pd.DataFrame({s: count(crops) for s,crops in tables.items()}).T.to_string())
+
+def compare(
+    runs:Param('run folders; the others are compared with the first', str, nargs='+'),
+    split:str='valid',       # none of them was trained on it
+    data:str='',             # folder or .csv file; none: the first run's own
+    out:str='compare.html',  # the report
+    device:str='',           # cuda, mps or cpu; none: the best there is
+)->Path:  # the report
+    "Set runs side by side: settings, curves, differences, queries that changed"
+    from sportsreid.compare import compare_runs
+    return compare_runs(runs, split, data, out, device)
+
 # %% ../nbs/09ea_commands.ipynb #run-tool
-TOOLS:dict[str,Callable] = dict(embed=embed, match=match, export=export, calibrate=calibrate)
+TOOLS:dict[str,Callable] = dict(embed=embed, match=match, export=export, calibrate=calibrate,
+                                compare=compare, data=data)
 
 def run_tool(
     command:str,       # a name in `TOOLS`

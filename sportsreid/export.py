@@ -179,6 +179,7 @@ def graph_folder(
     if folder.is_dir() and not folder.resolve().is_relative_to(shipped_model().parent): return folder
     return project_path(f'{Path(source).name}-onnx')
 
+# %% ../nbs/09c_export.ipynb #export-onnx-itself
 def export_onnx(
     folder:str|Path,    # of the network, see `find_network`
     out:str|Path='',    # where to write; '': see `graph_folder`

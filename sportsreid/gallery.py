@@ -49,6 +49,7 @@ def network_of(
     raise ValueError(f'{str(embedder)[:60]!r} does not name a network and its weights; give an embedder, '
                      "such as Gallery(Embedder('tiny')), or its model, such as tiny@3dd6f72ba8e1")
 
+# %% ../nbs/09e_gallery.ipynb #gallery-itself
 class Gallery:
     "Players seen so far, in several views each"
     def __init__(self,
@@ -77,7 +78,8 @@ class Gallery:
     def __len__(self): return len(self.players)
 
     def __repr__(self):
-        players,views = (f'{n} {word}{"s" if n!=1 else ""}' for n,word in ((len(self),'player'), (len(self.pids),'view')))
+        counts = dict(player=len(self), view=len(self.pids))
+        players,views = (f'{n} {word}{"s" if n!=1 else ""}' for word,n in counts.items())
         return f'Gallery of {self.model}: {players} in {views}'
 
 # %% ../nbs/09e_gallery.ipynb #same-model
@@ -130,6 +132,7 @@ def _checked_pids(pids, n:int)->ndarray:
     wanted = 'a list of 1 whole number' if n==1 else f'{n} whole numbers'
     raise ValueError(f'pids are {wanted}, 0 or more, one a feature, not {str(pids)[:60]}')
 
+# %% ../nbs/09e_gallery.ipynb #add-itself
 @patch
 def add(self:Gallery,
     feats:ndarray,       # (N,D) features of length one
@@ -165,6 +168,7 @@ def scores(self:Gallery,
     parts = [np.maximum.reduceat(feats[i:i+step]@self.feats.T, starts, axis=1) for i in range(0, len(feats), step)]
     return np.concatenate(parts).clip(-1, 1) if parts else np.zeros((0,len(starts)), np.float32)
 
+# %% ../nbs/09e_gallery.ipynb #match-itself
 @patch
 def match(self:Gallery,
     feats:ndarray,                # (Q,D) features of length one

@@ -173,6 +173,7 @@ def embed_frame(self:Embedder,
     feats[there] = self.embed_list(cut_boxes(pixels, boxes[there], 'rgb', outside), 'rgb')
     return Features(feats, self.model)
 
+# %% ../nbs/09d_identify.ipynb #embedder-call-itself
 @patch
 def __call__(self:Embedder,
     images=None,    # paths, PIL images, arrays or tensors, one or many; see `inputs.pixels_of`
@@ -230,14 +231,23 @@ def accepted(
 )->float:  # a ValueError if it is no cosine
     "The lowest cosine to accept: the given one, or that of a calibration for 1% false matches, or any"
     if not isinstance(calibration, (Thresholds,type(None))):
-        raise ValueError(f'calibration is what measure_thresholds gives, such as embedder.thresholds, not {calibration!r}')
+        raise ValueError('calibration is what measure_thresholds gives, such as embedder.thresholds, '
+                         f'not {calibration!r}')
     if threshold is None:
         if calibration and calibration.known: return calibration.threshold()
-        why = 'too few pairs were compared to know any threshold' if calibration else 'no thresholds were given or measured'
+        why = 'no thresholds were given or measured'
+        if calibration: why = 'too few pairs were compared to know any threshold'
         note_once(f'{why} for {of}, so everybody is accepted; give a threshold, or see calibrate_run')
         return -1.
     if is_number(threshold) and -1<=threshold<=1: return float(threshold)
     raise ValueError(f'threshold is a cosine, -1 to 1, not {threshold!r}')
+def _one_network(query:str, gallery:str, calibration:Thresholds|None)->str:
+    "The network of all sides, '' where none says it; a ValueError names two"
+    check_network(query=query, gallery=gallery)
+    name = query or gallery
+    if isinstance(calibration, Thresholds) and name:
+        check_network(given=name, calibration=f'thresholds@{calibration.model}')
+    return name
 
 # %% ../nbs/09d_identify.ipynb #match
 MOST_PAIRS = 2**24  # for a one-to-one match
@@ -252,16 +262,13 @@ def match(
     skip:ndarray|None=None,        # (Q,) gallery row that each query must not find, such as itself; -1 for none
 )->Matches:
     "Candidates for each query, and the best one if it is similar enough"
-    names = {'query': name_of(query_feats), 'gallery': name_of(gallery_feats)}
-    check_network(**names)
-    name = names['query'] or names['gallery']
+    name = _one_network(name_of(query_feats), name_of(gallery_feats), calibration)
     query,gallery = check_unit(query_feats, 'query'), check_unit(gallery_feats, 'gallery')
     if query.shape[1]!=gallery.shape[1] and len(query) and len(gallery):
         raise ValueError(f'The query features have {query.shape[1]} columns, the gallery features {gallery.shape[1]}; '
                          'make both with one network')
     if not is_count(k): raise ValueError(f'k is the number of candidates, a whole number from 1 on, not {k!r}')
     threshold = accepted(threshold, calibration, name or 'these features')
-    if calibration and name: check_network(given=name, calibration=f'thresholds@{calibration.model}')
     rows,scores = top_rows(query, gallery, k, skip=skip)
     best = [r[0] if r and s[0]>=threshold else None for r,s in zip(rows.tolist(), scores)]
     if one_to_one and len(query)*len(gallery)>MOST_PAIRS:

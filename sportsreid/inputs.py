@@ -115,6 +115,7 @@ def box_array(
                          'pixels; multiply by the width and the height of the frame')
     return numbers
 
+# %% ../nbs/09a_inputs.ipynb #lie-outside
 def lie_outside(
     boxes:ndarray,  # (N,4) from `box_array`
     height:int,     # of the frame, in pixels
@@ -152,6 +153,7 @@ def check_boxes(
                          'boxes are left, top, right, bottom (not width and height), so drop or mend it')
     return inside
 
+# %% ../nbs/09a_inputs.ipynb #cut-boxes-itself
 def read_frame(
     frame,         # one image, see `pixels_of`
     order:str='',  # rgb or bgr, for arrays
@@ -212,7 +214,7 @@ def as_list(
     if isinstance(images, (bytes,bytearray)):
         raise ValueError('images are a list, not bytes; open an encoded image with PIL.Image.open(io.BytesIO(data))')
     if isinstance(images, (dict,set)):
-        raise ValueError(f'images are a list, not a {type(images).__name__}; give list(images.values()) or another list')
+        raise ValueError(f'images are a list, not a {type(images).__name__}; give a list of its images')
     if not isinstance(images, Iterable):
         raise ValueError(f'images are a list, not {type(images).__name__}; give paths, PIL images, arrays or tensors')
     return images if isinstance(images, (list,tuple)) else list(images)

@@ -63,7 +63,9 @@ LATER = dict(
     embed     = ('write the features of all images below a folder', 'sportsreid_run embed crops --out crops.safetensors'),
     match     = ('say who in a gallery each query is', 'sportsreid_run match crops.safetensors known.safetensors'),
     export    = ('write ONNX graphs of a network', 'sportsreid_run export runs/tiny-s1'),
-    calibrate = ("measure a network's thresholds", 'sportsreid_run calibrate runs/tiny-s1'))
+    calibrate = ("measure a network's thresholds", 'sportsreid_run calibrate runs/tiny-s1'),
+    compare   = ('set runs side by side', 'sportsreid_run compare runs/tiny-s1 runs/mine-s1'),
+    data      = ('say what is in a folder of crops, or what is wrong', 'sportsreid_run data crops'))
 
 def run_later(
     command:str,      # a name in `LATER`

@@ -20,6 +20,7 @@ def leave_out(
     rows = ((skip>=0) & (skip<scores.shape[1])).nonzero()[0]
     scores[rows,skip[rows]] = -np.inf
 
+# %% ../nbs/09cb_pairing.ipynb #top-rows-itself
 def top_rows(
     query:ndarray,    # (Q,D) rows of length one
     gallery:ndarray,  # (G,D) rows of length one

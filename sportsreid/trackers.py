@@ -22,6 +22,7 @@ def check_embedder(
     if isinstance(embedder, Embedder): return
     raise ValueError(f"give an Embedder, such as Embedder('tiny'), not {str(embedder)[:40]!r}")
 
+# %% ../nbs/09g_trackers.ipynb #embedder-itself
 class TrackerEmbedder:
     "Features for boxmot, and for Roboflow's trackers and reid"
     def __init__(self,
