@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'window_starts', 'Limits', 'outside_share', 'box_faults', 'sharpness', 'thumbnails', 'crop_faults',
-           'cannot_link', 'Tracklets', 'join_tracklets', 'tracklets']
+           'cannot_link', 'Tracklets', 'number_anew', 'join_tracklets', 'tracklets']
 
 # %% ../nbs/09i_footage_table.ipynb #imports
 from dataclasses import dataclass, fields
@@ -133,7 +133,10 @@ class Tracklets:
         return (f'{len(self.crops)} crops of {counts.pid} tracklets in {counts.action} windows, {len(self.together)} '
                 f'pairs of tracklets seen together; of {self.boxes} boxes left out: {reasons}')
 
-def _number_anew(crops:pd.DataFrame, together:ndarray)->tuple[pd.DataFrame,ndarray]:
+def number_anew(
+    crops:pd.DataFrame,  # crop table
+    together:ndarray,    # (P,2) pids seen in one frame; some may have left the table
+)->tuple[pd.DataFrame,ndarray]:  # the same crops, and the pairs of pids that are left
     "Number the tracklets that are left from 0"
     pids,numbers = np.unique(crops.pid, return_inverse=True)
     kept = np.isin(together, pids).all(1)
@@ -218,7 +221,7 @@ def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataF
     crops,counts = _leave_out(good.assign(action=good.window).drop(columns=['window','bad']), limits)
     thinned = int((~faults.any(axis=1)).sum())-len(good)
     left_out |= {'thinned': thinned} | counts
-    crops,together = _number_anew(crops, together)
+    crops,together = number_anew(crops, together)
     pairs = int((crops.pid.value_counts()>1).sum())
     if pairs<2 or not len(together):
         raise ValueError(f'{pairs} tracklets have two good crops and {len(together)} pairs of them were seen together; '
