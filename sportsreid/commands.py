@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KIND', 'MATCH_RATES', 'TOOLS', 'write_features', 'read_features', 'images_below', 'sound_images', 'embed_files',
-           'embed', 'check_match', 'match', 'export', 'own_network', 'check_unseen', 'calibrate', 'data', 'compare',
-           'run_tool']
+           'embed', 'check_match', 'match', 'export', 'own_network', 'check_unseen', 'calibrate', 'run_tool']
 
 # %% ../nbs/09ea_commands.ipynb #imports
 import json  # torch and all that needs it is imported where it is used, so that help comes at once
@@ -14,13 +13,14 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
-from fastcore.script import Param, anno_parser
+from fastcore.script import anno_parser
 from .checks import is_count, is_number
 from .core import project_path, read_config, short_path, write_whole
 from .files import list_images
 from .parameters import SETTINGS
 from .recipes import find_run
 from .refusals import check_data, check_writable, choose_layout
+from .tools import adapt, compare, data
 
 # %% ../nbs/09ea_commands.ipynb #file
 KIND = 'sportsreid features'
@@ -255,38 +255,9 @@ def calibrate(
         print(f'resize {t.resize}, equal error rate {t.eer["value"]:.1%}:\n{t.table().to_string()}')
     return run/'thresholds.json'
 
-# %% ../nbs/09ea_commands.ipynb #compare
-def data(
-    folder:str,          # folder or .csv file
-    layout:str='auto',   # soccernet, folders, teams, csv, mot, market or synergy; auto: recognised
-)->None:
-    "Say what is in a folder of crops, split by split, or what is wrong with it"
-    import pandas as pd
-    from sportsreid.own import find_layout, layout_splits, read_layout
-    found = find_layout(folder) if layout=='auto' else layout
-    tables = {s: read_layout(folder, found, s) for s in layout_splits(folder, found)}
-    if not tables: raise ValueError(f'{folder} holds no split of the layout {found}')
-    def count(crops):
-        role = crops.role.value_counts()
-        return dict(crops=len(crops), players=crops.pid[crops.pid>=0].nunique(), actions=crops.action.nunique(),
-                    queries=role.get('query', 0), gallery=role.get('gallery', 0))
-    print(f'{folder}: layout {found}')
-    print(pd.DataFrame({s: count(crops) for s,crops in tables.items()}).T.to_string())
-
-def compare(
-    runs:Param('run folders; the others are compared with the first', str, nargs='+'),
-    split:str='valid',       # none of them was trained on it
-    data:str='',             # folder or .csv file; none: the first run's own
-    out:str='compare.html',  # the report
-    device:str='',           # cuda, mps or cpu; none: the best there is
-)->Path:  # the report
-    "Set runs side by side: settings, curves, differences, queries that changed"
-    from sportsreid.compare import compare_runs
-    return compare_runs(runs, split, data, out, device)
-
 # %% ../nbs/09ea_commands.ipynb #run-tool
 TOOLS:dict[str,Callable] = dict(embed=embed, match=match, export=export, calibrate=calibrate,
-                                compare=compare, data=data)
+                                compare=compare, data=data, adapt=adapt)
 
 def run_tool(
     command:str,       # a name in `TOOLS`

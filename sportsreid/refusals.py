@@ -160,7 +160,7 @@ def check_footage(
         raise ValueError(f'frames and tracks belong together, and {lacks} is not given; leave out both to draw a match')
     check_file('folder of frames or video', frames)
     check_file('file of tracks', tracks)
-    if tracks and project_path(tracks).resolve() in [(project_path(out)/name).resolve() for name in RESULTS]:
+    if tracks and out and project_path(tracks).resolve() in [(project_path(out)/name).resolve() for name in RESULTS]:
         raise ValueError(f'{tracks} would be written over by the results; give another folder with out')
 
 # %% ../nbs/05d_refusals.ipynb #check-recipe
