@@ -106,16 +106,20 @@ class AdaptTask:
     seed:int
     device:torch.device
 
-    def part(self,
+    def table(self,
         training:bool,  # whether the crops that train are meant, or those held out
-    )->tuple[pd.DataFrame,CropFiles|PackedCrops]:
-        "Some crops, and their pixels"
-        crops = self.crops[(self.crops.role=='train')==training].reset_index(drop=True)
-        return crops, open_crops(crops, self.model.spec['size'], self.how.packs, fit=self.model.spec['fit'])
+    )->pd.DataFrame:
+        "Some of the crops"
+        return self.crops[(self.crops.role=='train')==training].reset_index(drop=True)
+
+    def images(self, training:bool)->CropFiles|PackedCrops:
+        "Their pixels"
+        spec = self.model.spec
+        return open_crops(self.table(training), spec['size'], self.how.packs, fit=spec['fit'])
 
     def batches(self)->TrainBatches:
         "A few batches or more an epoch"
-        crops,images = self.part(True)
+        crops,images = self.table(True),self.images(True)
         sampler = make_sampler('action', crops, self.how.batch_size, self.how.K, self.seed)
         laps = Laps(sampler, -(-self.lap//len(sampler)))
         augmentation = make_augmentation(self.how.augmentation)
@@ -141,14 +145,14 @@ def rank(self:AdaptTask,
 )->Ranking:
     "Rank the held-out crops"
     pairs = SeenPairs(self.together, int(self.crops.pid.max())+1)
-    return rank_held(feats, self.part(False)[0], pairs, metric)
+    return rank_held(feats, self.table(False), pairs, metric)
 
 @patch
 def score(self:AdaptTask,
     model:ReIDModel,  # on the device
 )->dict[str,float]:  # mAP, rank-1, ... from 0 to 1
     "Scores on the held-out crops"
-    feats = extract_features(model, self.part(False)[1], device=self.device)
+    feats = extract_features(model, self.images(False), device=self.device)
     return self.rank(feats, model.spec['metric']).scores()
 
 # %% ../nbs/09j_adapt.ipynb #steps-in
@@ -208,7 +212,7 @@ def _config(task:AdaptTask, source:Path, minutes:float, old:dict)->dict:
 
 def _finish(task:AdaptTask, folder:Path, before:dict, kept:dict, steps:int)->Adapted:
     "Keep the better weights, and write scores.json"
-    (colours,) = image_feats(task.part(False)[1], stripes8)
+    (colours,) = image_feats(task.images(False), stripes8)
     done = Adapted(folder, before, kept, round(task.rank(colours).scores()['mAP'], 6), steps)
     if not done.gained: save_model(folder, task.model)
     best = done.after if done.gained else before

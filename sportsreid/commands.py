@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import anno_parser
 from .checks import is_count, is_number
-from .core import project_path, read_config, short_path, write_whole
+from .core import counted, project_path, read_config, short_path, write_whole
 from .files import list_images
 from .parameters import SETTINGS
 from .recipes import find_run
@@ -102,7 +102,6 @@ def embed(
     paths = images_below(folder)
     check_writable(project_path(out).parent)
     from sportsreid.identify import Embedder
-    from sportsreid.listing import counted
     embedder = Embedder(model, device=device, engine=engine)
     print(embedder, flush=True)
     if drop_bad: paths = sound_images(paths)
@@ -181,7 +180,7 @@ def match(
         raise ValueError(f'no thresholds were measured for {name}, so there is none for --rate {rate}; leave it out, or '
                          'measure them with sportsreid_run calibrate')
     from sportsreid.identify import accepted
-    from sportsreid.listing import counted, match_table, print_matches, rows_of_itself, write_table
+    from sportsreid.listing import match_table, print_matches, rows_of_itself, write_table
     from sportsreid.identify import match as match_features
     threshold = accepted(None, calibration, name) if rate is None else calibration.threshold(rate)
     (q_feats,q_paths),(g_feats,g_paths) = sides.read(query), sides.read(gallery)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_names', 'setting_differences', 'plot_curves', 'rank_runs', 'score_differences', 'difference_verdict',
-           'changed_queries', 'compare_runs']
+           'changed_queries', 'changed_parts', 'compare_runs']
 
 # %% ../nbs/09ha_compare.ipynb #imports
 from pathlib import Path
@@ -93,22 +93,21 @@ def rank_runs(
 
 # %% ../nbs/09ha_compare.ipynb #changed
 def score_differences(
-    rankings:dict[str,Ranking],  # from `rank_runs`
+    found:dict[str,DataFrame],  # name: from `difference`, of the first run and this one
+    first:str,                  # name of the first run
 )->DataFrame:  # a row for each run but the first: score of it minus that of the first, as text with an interval, in points
     "By how much runs score better than the first"
-    first,*others = rankings
     def text(row): return f'{row["value"]:+.1f} ({row["low"]:+.1f} to {row["high"]:+.1f})'
-    def texts(name): return (100*difference(rankings[first], rankings[name])).apply(text, axis=1)
-    return DataFrame({f'{name} minus {first}': texts(name) for name in others}).T
+    return DataFrame({f'{name} minus {first}': (100*d).apply(text, axis=1) for name,d in found.items()}).T
 
 def difference_verdict(
-    first:Ranking,   # of one run
-    second:Ranking,  # of the other
+    found:DataFrame,    # from `difference`
+    actions:bool=True,  # whether actions were drawn, see `several_actions`
 )->str:
     "A sentence on the difference of two runs"
-    d = 100*difference(first, second).loc['mAP']
+    d = 100*found.loc['mAP']
     said = f'The mAP differs by {d["value"]:+.1f} points, with an interval from {d["low"]:+.1f} to {d["high"]:+.1f}'
-    if not several_actions(first): return f'{said}: drawn from queries of one action, so nobody knows what others would say.'
+    if not actions: return f'{said}: drawn from queries of one action, so nobody knows what others would say.'
     if d['low']<=0<=d['high']: return f'{said}: other actions might say the opposite.'
     return f'{said}: other actions would probably agree. Train further seeds before you believe it.'
 
@@ -121,6 +120,18 @@ def changed_queries(
     gain = (second.queries()['AP']-first.queries()['AP']).to_numpy()
     order = np.argsort(-gain, kind='stable')
     return [int(i) for i in order[:n] if gain[i]>0], [int(i) for i in order[::-1][:n] if gain[i]<0]
+
+# %% ../nbs/09ha_compare.ipynb #changed-parts
+def changed_parts(
+    pair:dict[str,Ranking],  # name: ranking, of two runs
+)->dict[str,list[str]]:  # heading: pieces of HTML; none where no query changed
+    "The queries that changed most, as pictures"
+    parts,(_,name) = {},pair
+    for what,rows in zip(('gained','lost'), changed_queries(*pair.values())):
+        if not rows: continue
+        drawn = picture(compare_ranked(pair, rows), f'Ranked lists of queries that {what}', photo=True)
+        parts[f'Queries that {what} most with {name}'] = [drawn]
+    return parts
 
 # %% ../nbs/09ha_compare.ipynb #report
 def compare_runs(
@@ -136,17 +147,14 @@ def compare_runs(
     rankings = rank_runs(folders, split, data, device)
     first,*others = rankings
     differ,scores = setting_differences(folders), as_percent(score_table(rankings))
-    told = {name: difference_verdict(rankings[first], rankings[name]) for name in others}
+    found = {name: difference(rankings[first], rankings[name]) for name in others}
+    told = {name: difference_verdict(d, several_actions(rankings[first])) for name,d in found.items()}
     parts = {'Settings that differ': [table(differ) if len(differ) else paragraph('None.')],
              'Curves': [picture(plot_curves(folders), 'Loss and validation mAP over steps')],
              f'Scores on {split}': [paragraph(drawn_words(rankings)), table(scores)],
-             'Differences': [table(score_differences(rankings)),
+             'Differences': [table(score_differences(found, first)),
                              *[paragraph(f'{name} beside {first}: {said}') for name,said in told.items()]]}
-    for name in others:
-        pair = {first: rankings[first], name: rankings[name]}
-        for what,rows in zip(('gained','lost'), changed_queries(*pair.values())):
-            if rows: parts[f'Queries that {what} most with {name}'] = [
-                picture(compare_ranked(pair, rows), f'Ranked lists of queries that {what}', photo=True)]
+    for name in others: parts |= changed_parts({first: rankings[first], name: rankings[name]})
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as whole: whole.write_text(page(f'{" and ".join(rankings)} compared', parts), encoding='utf-8')
     print(f'{scores[["mAP","rank-1"]].to_string()}\n' + '\n'.join(f'{n} beside {first}: {s}' for n,s in told.items()))

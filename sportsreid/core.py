@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['project_root', 'project_path', 'short_path', 'results_path', 'temporary_path', 'left_over', 'write_whole',
            'check_disk', 'locked', 'hold_lock', 'first_line', 'in_a_sentence', 'mix_seed', 'seeded', 'this_rank',
-           'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'lazy_names']
+           'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'note_once', 'counted', 'lazy_names']
 
 # %% ../nbs/00a_core.ipynb #imports
 import contextlib, importlib, os, platform, random, re, shutil, sys, time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 import numpy as np  # pandas and torch are imported where they are used, for a fast start
 
@@ -251,6 +252,22 @@ def progress(
         left = f' of {total} ({n/total:.0%}), {clock((total-n)/rate)} left' if total else ''
         print(f'{label}: {n}{left}, {rate:,.1f}/s', end=end, flush=True)
     if last>start: print(f'{label}: {n} in {clock(time.monotonic()-start)}')
+
+# %% ../nbs/00a_core.ipynb #note-once
+@cache
+def note_once(
+    text:str,  # without NOTE
+)->None:
+    "Say something that is worth saying once"
+    print(f'NOTE: {text}', flush=True)
+
+# %% ../nbs/00a_core.ipynb #counted
+def counted(
+    n:int,     # how many
+    word:str,  # of one of them
+)->str:
+    "A number with its word, such as 1 image or 2 images"
+    return f'{n} {word}{"" if n==1 else "s"}'
 
 # %% ../nbs/00a_core.ipynb #lazy-names
 def lazy_names(

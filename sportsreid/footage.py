@@ -18,7 +18,7 @@ from .follow import Followed, write_tracks
 from .identify import Embedder
 from .match import match_cuts, simulate_match
 from .provenance import ready_folder
-from .refusals import check_footage
+from .refusals import RESULTS, check_footage
 from .sightings import embed_boxes, find_cuts
 from .tracklets import number_tracklets, pick_crops
 from .tracks import read_mot
@@ -183,9 +183,9 @@ def write_followed(
     followed:Followed,  # of its rows
 )->list[Path]:  # tracks.txt, boxes.csv and joins.csv
     "Write followed players"
-    files = [write_tracks(followed, footage.out/'tracks.txt')]
-    for name,table in {'boxes.csv': followed.rows, 'joins.csv': name_joins(followed)}.items():
-        files.append(footage.out/name)
-        with write_whole(files[-1]) as tmp: table.to_csv(tmp, index=False)
+    files = [footage.out/name for name in RESULTS]
+    write_tracks(followed, files[0])
+    for file,table in zip(files[1:], (followed.rows, name_joins(followed))):
+        with write_whole(file) as tmp: table.to_csv(tmp, index=False)
     print('written: '+', '.join(map(short_path, files)))
     return files

@@ -15,7 +15,7 @@ from numpy import ndarray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from .checks import is_count, is_number
-from .core import first_line, project_path, write_whole
+from .core import counted, first_line, project_path, write_whole
 from .identify import Embedder, Matches, accepted
 from .named import Features, check_network, fingerprint_of, name_of
 from .pairing import assign, check_unit
@@ -78,9 +78,7 @@ class Gallery:
     def __len__(self): return len(self.players)
 
     def __repr__(self):
-        counts = dict(player=len(self), view=len(self.pids))
-        players,views = (f'{n} {word}{"s" if n!=1 else ""}' for word,n in counts.items())
-        return f'Gallery of {self.model}: {players} in {views}'
+        return f'Gallery of {self.model}: {counted(len(self), "player")} in {counted(len(self.pids), "view")}'
 
 # %% ../nbs/09e_gallery.ipynb #same-model
 @patch

@@ -19,7 +19,7 @@ from numpy import ndarray
 from pandas import DataFrame
 from torch import Tensor
 from .checks import is_count, is_number
-from .core import first_line, lazy_names, progress
+from .core import first_line, lazy_names, note_once, progress
 from .export import ByteGraph, OnnxGraph, drawn_crops, graph_notes, write_graph
 from .export import missing_packages, need_packages
 from .features import embed_batch, halve_until_fits
@@ -29,7 +29,7 @@ from .inputs import GivenImages, as_list, box_array, check_order, check_outside
 from .inputs import cut_boxes, lie_outside, read_frame
 from .models import ReIDModel
 from .pairing import assign, check_unit, leave_out, top_rows
-from .calibrate import Thresholds, network_print, note_once, read_thresholds
+from .calibrate import Thresholds, network_print, read_thresholds
 from .named import Features, check_network, name_of
 
 # %% ../nbs/09d_identify.ipynb #engines
@@ -241,6 +241,7 @@ def accepted(
         return -1.
     if is_number(threshold) and -1<=threshold<=1: return float(threshold)
     raise ValueError(f'threshold is a cosine, -1 to 1, not {threshold!r}')
+
 def _one_network(query:str, gallery:str, calibration:Thresholds|None)->str:
     "The network of all sides, '' where none says it; a ValueError names two"
     check_network(query=query, gallery=gallery)

@@ -8,7 +8,7 @@ __all__ = ['JOINS', 'Features', 'name_of', 'fingerprint_of', 'joined', 'check_ne
 # %% ../nbs/09ca_named.ipynb #imports
 import numpy as np
 from numpy import ndarray
-from .calibrate import note_once
+from .core import note_once
 
 # %% ../nbs/09ca_named.ipynb #features
 JOINS = np.concatenate, np.vstack, np.stack

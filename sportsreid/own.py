@@ -11,11 +11,11 @@ import os
 from pathlib import Path
 import numpy as np, pandas as pd
 from .clips import find_clips
-from .core import project_path
+from .core import note_once, project_path
 from .cut import read_clips
 from .data import check_crops, find_data, read_soccernet
-from .files import walk_folders
-from .layouts import other_images, read_folders, read_table, say_once
+from .files import SPLIT_NAMES, walk_folders
+from .layouts import other_images, read_folders, read_table
 from .market import MARKET_FOLDERS, read_market, read_synergy
 from .splits import check_apart, check_bytes, query_gallery
 
@@ -35,8 +35,7 @@ def split_folders(
     "The folders of the splits, whatever their case; val and validation are valid, too"
     found = {}
     for folder in sorted(p for p in project_path(root).iterdir() if p.is_dir()):
-        name = folder.name.lower()
-        split = 'valid' if name in ('val','validation') else name
+        split = SPLIT_NAMES.get(folder.name.lower(), folder.name.lower())
         if split not in SPLITS: continue
         if split in found: raise ValueError(f'{root} holds {found[split].name} and {folder.name}; keep one of them')
         found[split] = folder
@@ -103,7 +102,7 @@ def split_own(
     tables = {split: crops[crops.pid.isin(chosen)].reset_index(drop=True) for split,chosen in pids.items()}
     train = crops[~crops.pid.isin(np.concatenate(list(pids.values())))]
     counts = {'train': train, **tables}
-    say_once('NOTE: split by player: '+', '.join(f'{s} {t.pid.nunique()} ({len(t)} crops)' for s,t in counts.items()))
+    note_once('split by player: '+', '.join(f'{s} {t.pid.nunique()} ({len(t)} crops)' for s,t in counts.items()))
     return dict(train=check_crops(train), **{s: query_gallery(t, 0, first) for s,t in tables.items()})
 
 # %% ../nbs/01n_own.ipynb #given-splits
@@ -157,7 +156,7 @@ def _clip_splits(root:Path, keep:str|Path)->dict[str,pd.DataFrame]:
     if crops.split.any(): return given_splits(crops, first=True)
     matches = crops.match.unique()
     if len(matches)<3:
-        say_once(f'NOTE: {len(matches)} clips are too few to keep one for valid and one for test, so players of the same '
+        note_once(f'{len(matches)} clips are too few to keep one for valid and one for test, so players of the same '
                  'clip are on both sides, and scores flatter; give 3 clips or more')
         return split_own(crops.drop(columns='split'), first=True)
     few = max(1, round(.2*len(matches)))

@@ -7,10 +7,9 @@ __all__ = ['check_apart', 'equal_files', 'check_bytes', 'query_gallery', 'split_
            'split_time']
 
 # %% ../nbs/01k_splits.ipynb #imports
-import hashlib, os
-from pathlib import Path
 import numpy as np, pandas as pd
 from .data import check_crops
+from .files import content_digests, file_stats
 
 # %% ../nbs/01k_splits.ipynb #check-apart
 def check_apart(
@@ -32,12 +31,10 @@ def equal_files(
     theirs:pd.Series,  # paths
 )->list[tuple[str,str]]:  # one of ours and one of theirs, for each of theirs that has the bytes of one of ours
     "Files of two lists with the same bytes; only those of equal length are read"
-    def lengths(paths): return paths.map(lambda p: os.path.getsize(p) if os.path.isfile(p) else -1)
-    a,b = lengths(ours),lengths(theirs)
-    a,b = ours[a.isin(b) & (a>0)],theirs[b.isin(a) & (b>0)]
-    def digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    known = {digest(p): p for p in a}
-    return [(known[d],p) for p,d in zip(b, map(digest, b)) if d in known]
+    a,b = (file_stats(paths.to_frame('path')) for paths in (ours,theirs))
+    mine,yours = (content_digests(x[x.bytes.isin(y.bytes) & (x.bytes>0)]) for x,y in ((a,b),(b,a)))
+    known = {digest: ours[i] for i,digest in mine.items()}
+    return [(known[digest],theirs[i]) for i,digest in yours.items() if digest in known]
 
 def check_bytes(
     tables:dict[str,pd.DataFrame],  # split: crop table

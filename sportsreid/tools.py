@@ -18,9 +18,10 @@ def data(
 )->None:
     "Say what is in a folder of crops, split by split, or what is wrong with it"
     import pandas as pd
-    from sportsreid.own import find_layout, layout_splits, read_layout
+    from sportsreid.own import find_layout, layout_splits, own_tables, read_layout
     found = find_layout(folder) if layout=='auto' else layout
-    tables = {s: read_layout(folder, found, s) for s in layout_splits(folder, found)}
+    if found=='soccernet': tables = {s: read_layout(folder, found, s) for s in layout_splits(folder, found)}
+    else: tables = own_tables(folder, found)
     if not tables: raise ValueError(f'{folder} holds no split of the layout {found}')
     def count(crops):
         role = crops.role.value_counts()
