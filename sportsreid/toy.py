@@ -8,7 +8,7 @@ __all__ = ['toy_learner', 'toy_parts', 'answers', 'run_rank', 'on_ranks', 'bad_f
            'gradient_gaps', 'weight_gaps']
 
 # %% ../nbs/05a_toy.ipynb #imports
-import contextlib, hashlib, io, os, tempfile
+import contextlib, hashlib, io, os, sys, tempfile
 from collections.abc import Callable
 import torch
 from .contrast import InfoNCE
@@ -57,6 +57,9 @@ def run_rank(
     torch.set_num_threads(1)
     torch.save(function(*args), f'{folder}/{rank}.pt')
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a thread of torch's that still waits for Python when it ends would abort the process
 
 # %% ../nbs/05a_toy.ipynb #on-ranks
 def on_ranks(
