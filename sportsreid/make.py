@@ -85,7 +85,7 @@ def make_network(
 )->ReIDModel:
     "The network that the settings name, with its first weights"
     weights = project_path(values['weights']) if values['weights'] else ''
-    own = {k: values[k] for k in ('drop_path','neck','pool','fit','metric')}
+    own = {k: values[k] for k in ('drop_path','neck','pool','fit','metric','colours')}
     with seeded(values['init_seed']):
         size = parse_size(values['size'])
         model = create_model(values['arch'], None, values['pretrained'], weights, size=size, **own)

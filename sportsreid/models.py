@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd, timm, torch
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
+from .colours import ColourStripes, beside
 from .core import first_line, lazy_names
 from .osnet import OSNet
 
@@ -81,6 +82,7 @@ def make_spec(
     num_pids:int|None=None,         # classes of the classifier, one for each training pid; None: no classifier
     size:tuple[int,int]|None=None,  # input height and width, in pixels; None: the architecture's own
     drop_path:float=0.,             # share of a residual network's paths that a training step leaves out
+    colours:float=0.,               # weight of a colour histogram beside the network; 0: none
     **options:str,                  # neck, pool, fit, metric: see `OPTIONS`
 )->dict:  # JSON types only
     "Say how a network is built and fed"
@@ -96,6 +98,9 @@ def make_spec(
     width = projection_width(cfg)
     if options['neck']=='none' and width: kwargs['num_classes'] = width
     if drop_path: kwargs['drop_path_rate'] = drop_path
+    if colours and options['neck']=='bnneck':
+        raise ValueError('colours stand beside the neck fc or none; with bnneck the losses would not see them')
+    if colours: options['colours'] = float(colours)
     mean,std = (list(row.get(k, getattr(cfg, k))) for k in ('mean','std'))
     return dict(arch=arch, timm=row.get('timm'), kwargs=kwargs, num_pids=num_pids, size=size, mean=mean, std=std,
                 dim=row.get('dim'), last_stride=row.get('last_stride', 2), **options)
@@ -148,9 +153,11 @@ def _check_pool(backbone:nn.Module, spec:dict)->None:
     if pool=='token' and (layout!='tokens' or getattr(backbone, 'cls_token', None) is None):
         raise ValueError(f"{arch} has no class token; take pool 'avg', 'gem' or '' instead of 'token'")
 
-def _pooled_width(backbone:nn.Module, spec:dict)->int:
-    "Numbers that a backbone gives for a crop: a CLIP tower's projection, or what timm gives with num_classes=0"
-    return spec['kwargs'].get('num_classes') or getattr(backbone, 'head_hidden_size', None) or backbone.num_features
+def _widths(backbone:nn.Module, spec:dict)->tuple[int,int]:
+    "Numbers that a backbone gives for a crop (a CLIP tower's projection, or timm's with num_classes=0), and a neck"
+    _check_pool(backbone, spec)
+    d = spec['kwargs'].get('num_classes') or getattr(backbone, 'head_hidden_size', None) or backbone.num_features
+    return d, (spec['dim'] or min(512, d)) if spec['neck']=='fc' else d
 
 # %% ../nbs/04_models.ipynb #pool-backbone
 def pool_backbone(
@@ -192,31 +199,30 @@ class ReIDModel(nn.Module):
         spec:dict,           # from `make_spec`
     ):
         super().__init__()
-        _check_pool(backbone, spec)
-        d = _pooled_width(backbone, spec)
-        self.dim = (spec['dim'] or min(512, d)) if spec['neck']=='fc' else d
+        d,self.own = _widths(backbone, spec)  # numbers without the colours
         self.backbone,self.spec = backbone,spec
         self.gem = GeM() if spec['pool']=='gem' else None
-        self.fc = make_neck(spec['neck'], d, self.dim)
+        self.fc = make_neck(spec['neck'], d, self.own)
+        self.colours = ColourStripes(spec['mean'], spec['std']) if spec.get('colours') else None
+        self.dim = self.own+(self.colours.dim if self.colours else 0)
         self.set_pids(spec['num_pids'])
 
     def set_pids(self, num_pids:int|None)->'ReIDModel':  # classes, one for each training pid
         "Put a new classifier on top, or none"
         self.spec = {**self.spec, 'num_pids': num_pids}
-        self.classifier = nn.Linear(self.dim, num_pids, bias=self.spec['neck']!='bnneck') if num_pids else None
+        self.classifier = nn.Linear(self.own, num_pids, bias=self.spec['neck']!='bnneck') if num_pids else None
         return self
-
     def pooled(self, ims:Tensor)->Tensor:  # (N,3,H,W), normalised, to (N,D)
         "What the backbone says of each crop"
-        if not self.spec['pool']: return self.backbone(ims)
-        return pool_backbone(self.backbone, ims, self.gem or self.spec['pool'])
+        pool = self.gem or self.spec['pool']
+        return pool_backbone(self.backbone, ims, pool) if pool else self.backbone(ims)
 
     def forward(self, ims:Tensor, with_logits:bool=False)->Tensor|Output:  # (N,dim), or what losses take
         pooled = self.pooled(ims)
-        feats = self.fc(pooled)
+        feats = own = self.fc(pooled)
+        if self.colours is not None: feats = beside(own, self.colours(ims), self.spec['colours'])
         if not with_logits: return feats
-        logits = self.classifier(feats) if self.classifier is not None else None
-        return Output(pooled if self.spec['neck']=='bnneck' else feats, logits)
+        return Output(pooled if self.spec['neck']=='bnneck' else feats, self.classifier and self.classifier(own))
 
 # %% ../nbs/04_models.ipynb #make-backbone
 def make_backbone(

@@ -133,6 +133,7 @@ NETWORK = dict(
     neck          = Setting(str, 'fc', "new layers: fc (linear and BatchNorm, the paper's), bnneck or none"),
     pool          = Setting(str, '', "avg, gem or token; '': the network's own"),
     metric        = Setting(str, NEEDED, 'how features are compared', ('cosine','euclidean')),
+    colours       = Setting(float, 0., 'weight of a colour histogram beside the network; 0: none', '[0,10]'),
     drop_path     = Setting(float, 0., "share of a residual network's paths that a step leaves out", '[0,1)'),
     checkpointing = Setting(bool, False, 'compute activations again on the way back: less memory, more time'),
 )
