@@ -263,11 +263,12 @@ def note_once(
 
 # %% ../nbs/00a_core.ipynb #counted
 def counted(
-    n:int,     # how many
-    word:str,  # of one of them
+    n:int,        # how many
+    word:str,     # of one of them
+    many:str='',  # of several; '': the word with an s
 )->str:
     "A number with its word, such as 1 image or 2 images"
-    return f'{n} {word}{"" if n==1 else "s"}'
+    return f'{n} {word if n==1 else many or word+"s"}'
 
 # %% ../nbs/00a_core.ipynb #lazy-names
 def lazy_names(
