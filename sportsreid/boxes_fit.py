@@ -9,7 +9,7 @@ __all__ = ['OUTSIDE', 'parse_cuts', 'check_cuts', 'check_fit', 'check_frames', '
 from contextlib import closing
 from pathlib import Path
 import pandas as pd
-from .core import project_path
+from .core import counted, project_path
 from .cut import check_length, read_frames
 from .tracks import check_mot, read_mot
 
@@ -30,8 +30,8 @@ def check_cuts(
     "Make sure that cuts lie between the frames"
     bad = [c for c in cuts if not frames.min()<c<=frames.max()]
     if bad:
-        raise ValueError(f'cut {bad[0]} divides nothing: boxes are in frames {frames.min()} to {frames.max()}, and a cut '
-                         'is the first frame of a later shot')
+        raise ValueError(f'cut {bad[0]} divides nothing: boxes are in frames {frames.min()} to {frames.max()}, and a '
+                         'cut is the first frame of a later shot')
     return cuts
 
 # %% ../nbs/01maa_boxes_fit.ipynb #fit
@@ -43,13 +43,15 @@ def check_fit(
 )->None:  # ValueError says what seems wrong
     "Make sure that boxes are pixels of these frames"
     if (rows[['width','height']]<2).all(axis=None):
-        raise ValueError('every box is smaller than 2 pixels; left, top, width and height are pixels, not shares of the frame')
+        raise ValueError('every box is smaller than 2 pixels; left, top, width and height are pixels, not shares of '
+                         'the frame')
     over = [(rows[edge]+rows[length]-most)/rows[length] for edge,length,most in
             (('left','width',size[0]), ('top','height',size[1]))]
     far = (over[0]>OUTSIDE) | (over[1]>OUTSIDE) | (rows.left<-rows.width) | (rows.top<-rows.height)
     if far.mean()>.25:
-        raise ValueError(f'{far.sum()} of {len(rows)} boxes reach far outside the frames of {size[0]}x{size[1]}; are the '
-                         'columns frame, id, left, top, width, height, and not right and bottom? Or of another video?')
+        raise ValueError(f'{far.sum()} of {counted(len(rows), "box", "boxes")} reach far outside the frames of '
+                         f'{size[0]}x{size[1]}; are the columns frame, id, left, top, width, height, and not right and '
+                         'bottom? Or of another video?')
 
 # %% ../nbs/01maa_boxes_fit.ipynb #open-boxes
 def check_frames(

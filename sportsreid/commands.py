@@ -240,7 +240,7 @@ def calibrate(
     folder:str,          # a run folder
     data:str='',         # folder or .csv file; none: the run's own
     split:str='valid',   # valid or test, which the network was not trained on
-    layout:str='auto',   # of the data: soccernet, folders, csv, mot, market, synergy; auto: as noted or recognised
+    layout:str='auto',   # of the data, as for the command data; auto: as noted or recognised
 )->Path:  # thresholds.json
     "Measure a network's thresholds and keep them beside its weights"
     run = own_network(folder)

@@ -58,8 +58,9 @@ def seen_parts(
     "Which crops the network saw"
     tracklets = followed.rows.tracklet
     unseen = tracklets.nunique()-tracklets.iloc[sample].nunique()
-    said = (f'{counted(len(sample), "crop")} of {counted(len(footage.rows), "box", "boxes")} were looked at, those that are '
-            f'large and least covered; {counted(unseen, "tracklet")} without any.')
+    crops,boxes = counted(len(sample), 'crop'),counted(len(footage.rows), 'box', 'boxes')
+    said = (f'{crops} of {boxes} were looked at, those that are large and least covered; '
+            f'{counted(unseen, "tracklet")} without any.')
     sheet = picture(show_sheet(footage, followed), 'Crops of each player through time', photo=True)
     return [paragraph(said), paragraph("Above each crop stands the tracker's id."), sheet]
 
@@ -74,12 +75,13 @@ def follow_parts(
     "The sections of a report"
     about = {'Frames': short_path(footage.source), 'Boxes': repr(footage), 'Network': repr(embedder),
              'Outcome': repr(followed)}
+    bars = paragraph('A bar for each stretch of one id of the tracker; dashed lines are cuts.')
     when = picture(show_players(followed.rows, cuts=footage.cuts).figure, 'Who is seen when: a row for each player')
     used = f'Tracklets were joined from a mean cosine of {values["threshold"]:g} on.'
     measured = threshold_table(embedder.thresholds) if embedder.thresholds else [
         paragraph(f'None were measured for {embedder.name}; sportsreid_run calibrate does it.')]
     return {'About': [made_on(), listing(about)],
-            'Players through time': [paragraph('A bar for each stretch of one id of the tracker; dashed lines are cuts.'), when],
+            'Players through time': [bars, when],
             'Crops seen': seen_parts(footage, followed, sample),
             'Tracklets joined': joins_parts(followed, values['threshold']),
             'Thresholds': [paragraph(used), *measured],

@@ -110,7 +110,7 @@ def check_data(
     from sportsreid.own import layout_splits
     root,_ = choose_data(data, run, layout)
     layout = choose_layout(layout, root, run)
-    if root is None or layout=='mot': return
+    if root is None or layout.startswith('mot'): return
     there = layout_splits(root, layout)
     lost = [s for s in splits if s not in there]
     if not lost: return

@@ -210,8 +210,8 @@ def about_parts(
 )->list[str]:
     "Which network a report is about, and on which data"
     networks = networks_table(evaluation).set_axis([*evaluation.networks])
-    return [made_on(), paragraph('Network:'), table(networks.astype(str)), paragraph(f'Data: {short_path(evaluation.root)}'),
-            table(splits_table(evaluation).astype(str))]
+    return [made_on(), paragraph('Network:'), table(networks.astype(str)),
+            paragraph(f'Data: {short_path(evaluation.root)}'), table(splits_table(evaluation).astype(str))]
 
 def write_report(
     evaluation:Evaluation,       # after `write_scores`

@@ -15,7 +15,7 @@ from .refusals import check_footage, check_writable
 # %% ../nbs/09e_tools.ipynb #data
 def data(
     folder:str,          # folder or .csv file
-    layout:str='auto',   # soccernet, folders, teams, csv, mot, market or synergy; auto: recognised
+    layout:str='auto',   # soccernet, folders, teams, csv, mot, mot(seconds=10), market or synergy; auto: recognised
 )->None:
     "Say what is in a folder of crops, split by split, or what is wrong with it"
     import pandas as pd
