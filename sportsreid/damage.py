@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 import pandas as pd
 from PIL import Image
-from .core import first_line, progress, project_path, write_whole
+from .core import counted, first_line, progress, project_path, write_whole
 from .data import check_crops, unmatched
 from .files import file_stats, files_digest
 from .images import decode_crop
@@ -78,7 +78,7 @@ def check_files(
         if other.any():
             i = other.to_numpy().argmax()
             was,now = ('x'.join(map(str, t[['height','width']].iloc[i])) for t in (crops, sizes))
-            warnings.warn(f'{other.sum()} crops have another size than their rows say, and the files decide; '
+            warnings.warn(f'{counted(other.sum(), "crop")} of another size than in the table, and the files decide; '
                           f'first: {crops.path.iloc[i]}, {was} in the table, {now} in the file')
     return crops.assign(height=sizes.height, width=sizes.width)
 
@@ -105,8 +105,8 @@ def drop_unmatched(
 )->pd.DataFrame:  # without queries that cannot be answered; warns of their number
     "Leave out queries whose match is gone"
     bad = unmatched(crops)
-    if bad.any(): warnings.warn(f'{bad.sum()} queries have no match in the gallery of their action and are left out; '
-                                f'first: {crops.path[bad].iloc[0]}')
+    if bad.any(): warnings.warn(f'{counted(bad.sum(), "query", "queries")} without a match in the gallery of the action, '
+                                f'left out; first: {crops.path[bad].iloc[0]}')
     return crops[~bad].reset_index(drop=True)
 
 # %% ../nbs/01ba_damage.ipynb #drop-bad-crops

@@ -85,7 +85,7 @@ def _note_lasting(crops:pd.DataFrame):
 def _check_matches(crops:pd.DataFrame):
     query,gallery = crops.role=='query',crops.role=='gallery'
     there = 'queries but no gallery' if query.any() else 'a gallery but no queries'
-    if query.any()!=gallery.any(): raise ValueError(f'The table has {there}; give both, as one is ranked against the other')
+    if query.any()!=gallery.any(): raise ValueError(f'The table has {there}; give both: one is ranked against the other')
     hidden = gallery & (crops.pid<0)
     if hidden.any() and (query & (crops.pid>=0)).any():
         said = counted(hidden.sum(), 'gallery crop hides its pid', 'gallery crops hide pids')
@@ -201,11 +201,11 @@ def _find_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:str, drop:
     found = on_disk.reindex(path_keys(rows.path)).to_numpy()
     gone = pd.isna(found)
     if gone.any():
-        lost = f'{info} names {gone.sum()} crops that are not in {folder}; first: {rows.path[gone].iloc[0]}'
+        lost = f'{info} names {counted(gone.sum(), "crop")} not in {folder}; first: {rows.path[gone].iloc[0]}'
         if not drop or gone.all(): raise ValueError(f'{lost}; unpack the split again, or leave them out with drop_bad')
-        warnings.warn(f'{lost}; they are left out')
+        warnings.warn(f'{lost}; left out')
     more = int((~on_disk.isin(found)).sum())
-    if more: warnings.warn(f'{more} images in {folder} are not in {info} and are left out')
+    if more: warnings.warn(f'{counted(more, "image")} in {folder} but not in {info}, left out')
     rows = rows.assign(path=found)[~gone].reset_index(drop=True)
     bad = rows.path.duplicated()
     if bad.any(): raise ValueError(f'{info} names a crop twice: {rows.path[bad].iloc[0]}; download the split again')

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from numpy import ndarray
 from .boxes_fit import open_boxes, parse_cuts
-from .core import project_path, short_path, write_whole
+from .core import counted, project_path, short_path, write_whole
 from .cut import clip_boxes, read_frames
 from .follow import Followed, write_tracks
 from .identify import Embedder
@@ -46,8 +46,9 @@ class Footage:
 
     def __repr__(self):
         frames = self.rows.frame
-        return (f'{short_path(self.source)}: {len(self.rows)} boxes of {self.rows.id.nunique()} ids in frames '
-                f'{frames.min()} to {frames.max()}, {len(self.cuts)} cuts')
+        boxes = f'{counted(len(self.rows), "box", "boxes")} of {counted(self.rows.id.nunique(), "id")}'
+        return (f'{short_path(self.source)}: {boxes} in frames {frames.min()} to {frames.max()}, '
+                f'{counted(len(self.cuts), "cut")}')
 
 # %% ../nbs/09fe_footage.ipynb #open
 def open_footage(

@@ -118,7 +118,8 @@ def given_splits(
     if not names: return {}
     bad = ~crops.split.isin(SPLITS[:3])
     if bad.any():
-        raise ValueError(f'Column split is train, valid or test; {bad.sum()} rows have {crops.split[bad].iloc[0]!r}; '
+        raise ValueError(f'Column split is train, valid or test; '
+                         f'{counted(bad.sum(), "row has", "rows have")} {crops.split[bad].iloc[0]!r}; '
                          "name each row's split, or none")
     parts = {s: crops[crops.split==s].drop(columns='split').reset_index(drop=True) for s in SPLITS if s in names}
     for split,part in parts.items():

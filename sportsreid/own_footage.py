@@ -130,8 +130,9 @@ class Tracklets:
     def __repr__(self):
         reasons = ', '.join(f'{n} {why}' for why,n in self.left_out.items() if n) or 'none'
         counts = self.crops[['pid','action']].nunique()
-        return (f'{len(self.crops)} crops of {counts.pid} tracklets in {counts.action} windows, {len(self.together)} '
-                f'pairs of tracklets seen together; of {self.boxes} boxes left out: {reasons}')
+        return (f'{counted(len(self.crops), "crop")} of {counted(counts.pid, "tracklet")} in '
+                f'{counted(counts.action, "window")}, {counted(len(self.together), "pair")} of tracklets seen together; '
+                f'of {counted(self.boxes, "box", "boxes")} left out: {reasons}')
 
 def number_anew(
     crops:pd.DataFrame,  # crop table
@@ -223,6 +224,8 @@ def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataF
     crops,together = number_anew(crops, together)
     pairs = int((crops.pid.value_counts()>1).sum())
     if pairs<2 or not len(together):
-        raise ValueError(f'{pairs} tracklets have two good crops and {len(together)} pairs of them were seen together; '
-                         'learning needs two of the one and one of the other: give more frames, or other limits')
+        good = counted(pairs, 'tracklet has', 'tracklets have')
+        seen = counted(len(together), 'pair of them was', 'pairs of them were')
+        raise ValueError(f'{good} two good crops and {seen} seen together; learning needs two of the one and one of the '
+                         'other: give more frames, or other limits')
     return Tracklets(check_crops(crops), together, left_out, len(rows))

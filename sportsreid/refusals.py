@@ -11,7 +11,7 @@ __all__ = ['NAMES', 'NETWORKS', 'RESULTS', 'timm_names', 'check_names', 'check_f
 import glob, importlib.util, os, re
 from functools import cache
 from pathlib import Path
-from .core import check_same, in_a_sentence, project_path, read_config, read_scores, short_path
+from .core import check_same, in_a_sentence, notes_later, project_path, read_config, read_scores, short_path
 from .lines import nearest, parse_terms
 from .networks import local_network
 from .parameters import SETTINGS
@@ -111,7 +111,7 @@ def check_data(
     root,_ = choose_data(data, run, layout)
     layout = choose_layout(layout, root, run)
     if root is None or layout.startswith('mot'): return
-    there = layout_splits(root, layout)
+    with notes_later(): there = layout_splits(root, layout)
     lost = [s for s in splits if s not in there]
     if not lost: return
     raise FileNotFoundError(f'there is no {lost[0]} split in {short_path(root)}, which holds {", ".join(there)}; '

@@ -16,7 +16,7 @@ from fastcore.basics import patch_to
 from pandas import DataFrame
 from torch import Tensor
 from .baselines import baselines
-from .core import project_path, read_config, short_path, write_whole
+from .core import counted, project_path, read_config, short_path, write_whole
 from .damage import with_sizes
 from .data import fingerprint
 from .devices import keep_memory, pick_device
@@ -250,7 +250,7 @@ def rank_splits(
         path = ranking.to_json(evaluation.file('ranking', split))
         found = dict(steps=steps and asdict(steps), ranking=file_hash(path))
         write_record(evaluation.file('made_by', split), {**evaluation.record(split), **found})
-        print(f'{split}: {len(ranking.query)} queries ranked, written to {short_path(path)}')
+        print(f'{split}: {counted(len(ranking.query), "query", "queries")} ranked, written to {short_path(path)}')
         rankings[split] = ranking
     return rankings
 

@@ -8,6 +8,7 @@ __all__ = ['lasting_players', 'check_apart', 'equal_files', 'check_bytes', 'quer
 
 # %% ../nbs/01k_splits.ipynb #imports
 import numpy as np, pandas as pd
+from .core import counted
 from .data import check_crops
 from .files import content_digests, file_stats
 
@@ -28,8 +29,9 @@ def check_apart(
         both = test[col].isin(train[col])
         if col!='path': both &= test[col]>=0
         if both.any():
-            raise ValueError(f'{test[col][both].nunique()} {col}s are in both train and test; first: '
-                             f'{test[col][both].iloc[0]}; take them out of one, or split with split_players')
+            said = counted(test[col][both].nunique(), f'{col} is', f'{col}s are')
+            raise ValueError(f'{said} in both train and test; first: {test[col][both].iloc[0]}; take them out of one, '
+                             'or split with split_players')
 
 # %% ../nbs/01k_splits.ipynb #equal-files
 def equal_files(
@@ -50,8 +52,8 @@ def check_bytes(
         twins = equal_files(tables['train'].path, table.path) if split!='train' and 'train' in tables else []
         if not twins: continue
         ours,theirs = twins[0]
-        raise ValueError(f'{len(twins)} crops of {split} have the bytes of one in train; first: {theirs}, as {ours}; '
-                         'take them out of one')
+        said = counted(len(twins), f'crop of {split} has', f'crops of {split} have')
+        raise ValueError(f'{said} the bytes of one in train; first: {theirs}, as {ours}; take them out of one')
     return tables
 
 # %% ../nbs/01k_splits.ipynb #query-gallery
