@@ -102,6 +102,7 @@ def try_page(browser, address, name, patience, pictures):
         page.set_viewport_size(dict(width=WIDTH, height=min(seen['height']+200, 16_000)))
         page.wait_for_timeout(1000)
         page.screenshot(path=str(pictures/f'{name}.png'))
+    page.evaluate('() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()')  # or its kernel would run on
     page.close()
     return seen
 

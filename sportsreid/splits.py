@@ -142,6 +142,7 @@ def split_time(
         raise ValueError(f'Before frame {frame} there are {n[0]} players who do not come back, and {n[1]} from there '
                          'on; each side needs two: choose another frame, or score with another match (split_matches)')
     check_apart(train, test)
-    if (early & stays).any(): print(f'{(early & stays).sum()} crops of {who[early & stays].nunique()} players who come '
-                                    'back later do not train')
+    if (early & stays).any():
+        who_stays = counted(who[early & stays].nunique(), 'player')
+        print(f'{counted((early & stays).sum(), "crop")} of {who_stays} coming back later: left out of training')
     return check_crops(train), query_gallery(test, seed)
