@@ -9,6 +9,7 @@ strings programs inside strings: more than 8 lines in one literal
 small   stored pictures less than 480 pixels wide
 module  exported modules over 320 lines
 private names with an underscore imported from another module
+links   links in pages and in files such as README.md that lead to no file, or to no heading of a page
 """
 import ast
 import base64
@@ -20,7 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = dict(wide=60, long=4, params=4, runs=3, title=0, strings=0, small=0, module=0, private=0)
+LIMITS = dict(wide=60, long=4, params=4, runs=3, title=0, strings=0, small=0, module=0, private=0, links=0)
 
 
 def source(cell):
@@ -128,6 +129,45 @@ def measure_module(path):
     return found
 
 
+def headings(text):
+    "Anchors of the headings in Markdown, as pandoc names them"
+    found = set()
+    for title in re.findall(r'^#+ +(.+)$', text, flags=re.M):
+        plain = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', title)
+        words = re.sub(r'[^\w\s.-]', '', plain).lower().split()
+        found.add(re.sub(r'^[^a-z]+', '', '-'.join(words)))
+    return found
+
+
+def prose(path):
+    "The Markdown of a page or file, by cell"
+    text = path.read_text(encoding='utf-8')
+    if path.suffix != '.ipynb':
+        return {'': text}
+    return {c.get('id', '?'): source(c) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown'}
+
+
+def leads_nowhere(path, link):
+    "Whether a link in a file leads to no file, or to no heading of a page"
+    name, _, anchor = link.partition('#')
+    target = path.parent/name if name else path
+    if not target.exists():
+        return True
+    pages = target.suffix in ('.ipynb', '.md')
+    return bool(anchor) and pages and anchor not in headings('\n'.join(prose(target).values()))
+
+
+def measure_links(path):
+    "Links of a page or file that lead nowhere; code is not read"
+    found = defaultdict(list)
+    for name, text in prose(path).items():
+        text = re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
+        links = re.findall(r'\]\(([^)\s]+)|(?:src|href)="([^"]+)"', text)
+        links = [a or b for a, b in links if not re.match(r'[a-z]+:', a or b)]
+        found['links'] += [f'{name} {link}'.strip() for link in links if leads_nowhere(path, link)]
+    return found
+
+
 def measure_all(root=ROOT):
     "Every finding: measure -> page -> places"
     total = {k: {} for k in LIMITS}
@@ -137,6 +177,8 @@ def measure_all(root=ROOT):
         found = measure_page(path) if path.suffix == '.ipynb' else measure_module(path)
         for measure, places in found.items():
             total[measure][path.name] = places
+    for path in (*pages, *sorted(root.glob('*.md'))):
+        total['links'][path.name] = measure_links(path)['links']
     return total
 
 

@@ -9,7 +9,7 @@ __all__ = ['VIDEOS', 'find_clips', 'read_gameinfo', 'read_clip', 'clip_frames']
 import configparser
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import project_path
+from .core import counted, note_once, project_path
 from .files import SPLIT_NAMES
 from .tracks import read_mot
 
@@ -21,7 +21,7 @@ def find_clips(
     root = project_path(root)
     found = [p for depth in ('','*/','*/*/') for name in ('gt/gt.txt','gt.txt') for p in root.glob(depth+name)]
     clips = {p.parent.parent if p.parent.name=='gt' else p.parent for p in found}
-    return {clip: SPLIT_NAMES.get(clip.parent.name, '') if clip!=root else '' for clip in sorted(clips)}
+    return {clip: SPLIT_NAMES.get(clip.parent.name.lower(), '') if clip!=root else '' for clip in sorted(clips)}
 
 # %% ../nbs/01m_clips.ipynb #gameinfo
 def read_gameinfo(
@@ -57,7 +57,8 @@ def read_clip(
                 'without a track (id -1)': rows.id<0,
                 'of the ball': rows.person=='ball' if who is not None else pd.Series(False, rows.index)}
     for what,bad in left_out.items():
-        if bad.any(): print(f'{folder.name}: {bad.sum()} boxes {what} are left out')
+        if not bad.any(): continue
+        note_once(f'{folder.name}: {counted(bad.sum(), f"box {what} is", f"boxes {what} are")} left out')
     rows = rows[~np.any(list(left_out.values()), axis=0)]
     if not len(rows): raise ValueError(f'{file} holds no box of a person on a track')
     return rows.reset_index(drop=True)

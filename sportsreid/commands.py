@@ -10,13 +10,13 @@ __all__ = ['KIND', 'MATCH_RATES', 'TOOLS', 'write_features', 'read_features', 'i
 import json  # torch and all that needs it is imported where it is used, so that help comes at once
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 import numpy as np
 from fastcore.script import anno_parser
 from .checks import is_count, is_number
 from .core import counted, project_path, read_config, short_path, write_whole
 from .files import list_images
+from .networks import local_network, shipped_folder
 from .parameters import SETTINGS
 from .recipes import find_run
 from .refusals import check_data, check_writable, choose_layout
@@ -63,8 +63,10 @@ def images_below(
     "The images below a folder"
     folder = project_path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}')
+    from sportsreid.layouts import note_others, other_images  # brings pandas
     found = [f'{folder.as_posix()}/{name}' for name in list_images(folder)]
-    if not found: raise FileNotFoundError(f'{folder} holds no image (.png, .jpg, .jpeg)')
+    if not found: raise FileNotFoundError(f'{folder} holds no image (.png, .jpg, .jpeg)'+other_images(folder))
+    note_others(folder)
     return found
 
 def sound_images(
@@ -100,6 +102,7 @@ def embed(
     "Write the features of every image below a folder"
     if not out.endswith('.safetensors'): raise ValueError(f'--out is a file that ends in .safetensors, not {out}')
     paths = images_below(folder)
+    local_network(model)
     check_writable(project_path(out).parent)
     from sportsreid.identify import Embedder
     embedder = Embedder(model, device=device, engine=engine)
@@ -137,6 +140,7 @@ class _Sides:
         self.source,self.embedder = model,None
         self.files = {s: read_features(s) for s in sides if not project_path(s).is_dir()}
         if len(self.files)==len(set(sides)): return
+        local_network(model)
         from sportsreid.identify import Embedder
         self.embedder = Embedder(model)
         print(self.embedder, flush=True)
@@ -199,6 +203,7 @@ def export(
     out:str='',    # where to write; none: into that folder, for shipped weights and the hub NAME-onnx
 )->Path:  # embed.onnx
     "Write ONNX graphs and a torch program of a network, checked against torch"
+    local_network(folder)
     from sportsreid.export import export_onnx
     path = export_onnx(folder, out)
     print(f'graphs (.onnx) and program (.pt2): {short_path(path.parent)}')
@@ -209,8 +214,7 @@ def own_network(
     folder:str,  # as given
 )->Path:  # its run folder; an error says what to do
     "A network that thresholds may be written beside"
-    shipped = Path(str(files('sportsreid'))).resolve()/'shipped'
-    path = project_path(folder)
+    shipped,path = shipped_folder(),project_path(folder)
     if not (path/'model.json').is_file() and (shipped/folder/'model.json').is_file(): path = shipped/folder
     if path.resolve().is_relative_to(shipped):
         raise ValueError(f'{path.name} comes with the package, with thresholds of its own, and nothing is written there; '
@@ -236,7 +240,7 @@ def calibrate(
     folder:str,          # a run folder
     data:str='',         # folder or .csv file; none: the run's own
     split:str='valid',   # valid or test, which the network was not trained on
-    layout:str='auto',   # of the data: soccernet, folders, csv, mot, market, synergy; auto: as noted or recognised
+    layout:str='auto',   # of the data, as for the command data; auto: as noted or recognised
 )->Path:  # thresholds.json
     "Measure a network's thresholds and keep them beside its weights"
     run = own_network(folder)

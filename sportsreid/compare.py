@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame
-from .core import project_path, read_config, short_path, write_whole
+from .core import project_path, read_config, short_path
 from .devices import keep_memory, pick_device
 from .evaluate import Ranking, rank_crops
 from .figures import compare_ranked
@@ -21,7 +21,7 @@ from .intervals import as_percent, difference, drawn_words, score_table, several
 from .own import read_layout
 from .record import read_log
 from .refusals import check_members, choose_layout
-from .report import page, paragraph, picture, table
+from .report import paragraph, picture, table, write_page
 from .runs import open_data
 from .weights import load_model
 
@@ -156,7 +156,5 @@ def compare_runs(
                              *[paragraph(f'{name} beside {first}: {said}') for name,said in told.items()]]}
     for name in others: parts |= changed_parts({first: rankings[first], name: rankings[name]})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(path) as whole: whole.write_text(page(f'{" and ".join(rankings)} compared', parts), encoding='utf-8')
     print(f'{scores[["mAP","rank-1"]].to_string()}\n' + '\n'.join(f'{n} beside {first}: {s}' for n,s in told.items()))
-    print(f'report: {short_path(path)}')
-    return path
+    return write_page(path, f'{" and ".join(rankings)} compared', parts)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['project_root', 'project_path', 'short_path', 'results_path', 'temporary_path', 'left_over', 'write_whole',
            'check_disk', 'locked', 'hold_lock', 'first_line', 'in_a_sentence', 'mix_seed', 'seeded', 'this_rank',
-           'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'note_once', 'counted', 'lazy_names']
+           'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'note_once', 'notes_later', 'counted',
+           'lazy_names']
 
 # %% ../nbs/00a_core.ipynb #imports
 import contextlib, importlib, os, platform, random, re, shutil, sys, time
@@ -255,19 +256,33 @@ def progress(
 
 # %% ../nbs/00a_core.ipynb #note-once
 @cache
+def _said(text:str): print(f'NOTE: {text}', flush=True)
+
+_quiet = [False]  # whether notes are for later
+
 def note_once(
     text:str,  # without NOTE
 )->None:
     "Say something that is worth saying once"
-    print(f'NOTE: {text}', flush=True)
+    if not _quiet[0]: _said(text)
+
+note_once.cache_clear = _said.cache_clear
+
+@contextlib.contextmanager
+def notes_later()->Iterator[None]:
+    "Say no notes inside the block, which only looks; whoever does the work says them"
+    before,_quiet[0] = _quiet[0],True
+    try: yield
+    finally: _quiet[0] = before
 
 # %% ../nbs/00a_core.ipynb #counted
 def counted(
-    n:int,     # how many
-    word:str,  # of one of them
+    n:int,        # how many
+    word:str,     # of one of them
+    many:str='',  # of several; '': the word with an s
 )->str:
     "A number with its word, such as 1 image or 2 images"
-    return f'{n} {word}{"" if n==1 else "s"}'
+    return f'{n} {word if n==1 else many or word+"s"}'
 
 # %% ../nbs/00a_core.ipynb #lazy-names
 def lazy_names(

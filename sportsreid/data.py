@@ -10,7 +10,7 @@ __all__ = ['ROLES', 'INTS', 'TEXTS', 'SPLITS', 'name_rows', 'unmatched', 'check_
 import hashlib, json, os, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import lazy_names, project_path, project_root
+from .core import counted, lazy_names, note_once, project_path, project_root
 from .files import list_images, one_form, path_keys
 from .kept import kept_or_made
 from .names import parse_folders, parse_names
@@ -46,7 +46,7 @@ def _check_columns(crops:pd.DataFrame):
                          f'(its columns are {", ".join(map(str, crops.columns))})')
     twice = crops.columns[crops.columns.duplicated()]
     if len(twice): raise ValueError(f'The crop table has two columns {str(twice[0])!r}; drop one')
-    if len(crops)==0: raise ValueError('The crop table has no rows')
+    if not len(crops): raise ValueError('The crop table has no rows; give one crop or more')
 
 # %% ../nbs/01_data.ipynb #check-rows
 def _check_rows(crops:pd.DataFrame):
@@ -57,11 +57,11 @@ def _check_rows(crops:pd.DataFrame):
     if bad.any(): raise ValueError(f'Column path is empty in {name_rows(bad)}')
     bad = crops.path.duplicated()
     if bad.any(): bad = crops.duplicated(['role','path'])  # slower, and seldom needed
-    if bad.any(): raise ValueError(f'A crop stands in the table twice, {name_rows(bad)}: {crops.path[bad].iloc[0]}; '
-                                   'drop one')
+    if bad.any(): raise ValueError(f'A crop stands in the table twice, {name_rows(bad)}, '
+                                   f'first: {crops.path[bad].iloc[0]}; drop one')
     bad = (crops.pid<0) & (crops.role=='train')
-    if bad.any(): raise ValueError(f'A training crop needs a pid of 0 or more; {name_rows(bad)} '
-                                   f'of {crops.path[bad].iloc[0]}; drop it, or make it gallery: number_distractors')
+    if bad.any(): raise ValueError(f'A training crop needs a pid of 0 or more; {name_rows(bad)}, first: '
+                                   f'{crops.path[bad].iloc[0]}; drop it, or make it gallery: number_distractors')
 
 # %% ../nbs/01_data.ipynb #unmatched
 def unmatched(
@@ -73,29 +73,30 @@ def unmatched(
 
 # %% ../nbs/01_data.ipynb #note-lasting
 def _note_lasting(crops:pd.DataFrame):
-    "Warn of training pids that stand in several actions"
+    "Note training pids that stand in several actions"
     pids = crops[crops.role=='train'][['action','pid']].drop_duplicates().pid
     lasting = pids[pids.duplicated()].unique()
-    if len(lasting): warnings.warn(f'{len(lasting)} training pids stand in several actions; first: pid {lasting[0]}; a '
-                                   'sampler that goes by actions takes the first of each; if a pid should hold for one '
-                                   "action number anew: crops.groupby(['action','pid']).ngroup(), splits.cut_actions")
+    if len(lasting):
+        note_once(f'{counted(len(lasting), "training pid")} in several actions; first: pid {lasting[0]}; a sampler that '
+                  'goes by actions takes the first of each; if a pid should hold for one action number anew: '
+                  "crops.groupby(['action','pid']).ngroup()")
 
 # %% ../nbs/01_data.ipynb #check-matches
 def _check_matches(crops:pd.DataFrame):
     query,gallery = crops.role=='query',crops.role=='gallery'
-    if query.any() != gallery.any():
-        there = 'queries but no gallery' if query.any() else 'a gallery but no queries'
-        raise ValueError(f'The table has {there}; one is ranked against the other, so give both')
+    there = 'queries but no gallery' if query.any() else 'a gallery but no queries'
+    if query.any()!=gallery.any(): raise ValueError(f'The table has {there}; give both: one is ranked against the other')
     hidden = gallery & (crops.pid<0)
     if hidden.any() and (query & (crops.pid>=0)).any():
-        raise ValueError(f'{hidden.sum()} gallery crops hide pids (-1), queries show theirs ({name_rows(hidden)}); '
+        said = counted(hidden.sum(), 'gallery crop hides its pid', 'gallery crops hide pids')
+        raise ValueError(f'{said} (-1), queries show theirs ({name_rows(hidden)}); '
                          "drop them with crops[(crops.role!='gallery') | (crops.pid>=0)], or keep them as distractors "
                          'with number_distractors(crops)')
     bad = unmatched(crops)
-    if bad.any():
-        r = crops[bad].iloc[0]
-        raise ValueError(f'{bad.sum()} queries have no match in the gallery of their action ({name_rows(bad)}; '
-                         f'first: {r.path}, pid {r.pid}, action {r.action}); drop them or add the gallery crop')
+    if not bad.any(): return
+    r,said = crops[bad].iloc[0],counted(bad.sum(), 'query has', 'queries have')
+    raise ValueError(f'{said} no match in the gallery of the action ({name_rows(bad)}; first: {r.path}, pid {r.pid}, '
+                     f'action {r.action}); drop such queries or add the gallery crop')
 
 # %% ../nbs/01_data.ipynb #check-crops
 def check_crops(
@@ -200,11 +201,11 @@ def _find_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:str, drop:
     found = on_disk.reindex(path_keys(rows.path)).to_numpy()
     gone = pd.isna(found)
     if gone.any():
-        lost = f'{info} names {gone.sum()} crops that are not in {folder}; first: {rows.path[gone].iloc[0]}'
+        lost = f'{info} names {counted(gone.sum(), "crop")} not in {folder}; first: {rows.path[gone].iloc[0]}'
         if not drop or gone.all(): raise ValueError(f'{lost}; unpack the split again, or leave them out with drop_bad')
-        warnings.warn(f'{lost}; they are left out')
+        warnings.warn(f'{lost}; left out')
     more = int((~on_disk.isin(found)).sum())
-    if more: warnings.warn(f'{more} images in {folder} are not in {info} and are left out')
+    if more: warnings.warn(f'{counted(more, "image")} in {folder} but not in {info}, left out')
     rows = rows.assign(path=found)[~gone].reset_index(drop=True)
     bad = rows.path.duplicated()
     if bad.any(): raise ValueError(f'{info} names a crop twice: {rows.path[bad].iloc[0]}; download the split again')
@@ -272,8 +273,7 @@ def _check_wish(splits:list[str], subset:float):
     unknown = [s for s in splits if s not in SPLITS]
     if unknown: raise ValueError(f'Unknown split {unknown[0]!r}; there are {", ".join(SPLITS)}')
     if len(set(splits))<len(splits): raise ValueError(f'{"+".join(splits)} names a split twice; name each once')
-    if not 0<subset<=1:
-        raise ValueError(f'subset is the share of actions to keep, above 0 and at most 1, not {subset}')
+    if not 0<subset<=1: raise ValueError(f'subset is the share of actions to keep, above 0, at most 1, not {subset}')
     if len(splits)>1 and 'challenge' in splits:
         raise ValueError('The challenge split hides its pids, so it cannot be trained on')
 

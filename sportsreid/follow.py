@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from numpy import ndarray
 from .checks import is_number
+from .core import counted
 from .linkage import Groups, Join, best_rival, confidence_of, join_groups
 from .tracklets import number_tracklets, out_of_reach, seen_together, shot_of, tracklet_features
 from .tracks import MOT_COLUMNS, check_mot, write_rows
@@ -57,9 +58,10 @@ class Followed:
     def __repr__(self):
         counts = self.rows[['shot','tracklet','player']].nunique()
         unsure = int((self.joins.confidence<.5).sum())
-        return (f'{len(self.rows)} boxes, {counts.shot} shots, {counts.tracklet} tracklets: {counts.player} players by '
-                f'{len(self.joins)} joins, {int(self.joins.across.sum())} of them across cuts, '
-                f'{unsure} with a confidence below 0.5')
+        seen = ', '.join(counted(counts[what], what) for what in ('shot','tracklet'))
+        return (f'{counted(len(self.rows), "box", "boxes")}, {seen}: '
+                f'{counted(counts.player, "player")} by {counted(len(self.joins), "join")}, '
+                f'{int(self.joins.across.sum())} of them across cuts, {unsure} with a confidence below 0.5')
 
 # %% ../nbs/09fb_follow.ipynb #evidence
 def _evidence(rows:pd.DataFrame, feats:ndarray, sample:ndarray, reach:float|None)->Groups:

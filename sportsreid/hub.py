@@ -7,18 +7,19 @@ __all__ = ['USE', 'HUB_FILES', 'reid_config', 'model_card', 'write_hub_folder', 
            'find_network']
 
 # %% ../nbs/09b_hub.ipynb #imports
-import json, re
+import json
 from pathlib import Path
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .core import first_line, project_path, read_scores, write_whole
 from .models import ARCHS, ReIDModel, build
+from .networks import local_network
 from .osnet import OSNet
 from .resize import weight_faults
 from .spec import checked_spec, read_json
 from .calibrate import network_print, read_thresholds, write_thresholds
-from .weights import load_model, shipped_model
+from .weights import load_model
 
 # %% ../nbs/09b_hub.ipynb #reid-config
 def _unsaid(spec:dict)->str:
@@ -191,15 +192,4 @@ def find_network(
     source:str|Path,  # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
 )->Path:  # its folder; an error says what there is
     "The folder of a network"
-    if not isinstance(source, (str,Path)):
-        raise ValueError(f'a network is given by its folder or its name, such as runs/mine or tiny, not as '
-                         f'{type(source).__name__}; a module is first kept with save_model(folder, module)')
-    folder = project_path(source)
-    if folder.is_dir():
-        if (folder/'model.json').is_file(): return folder
-        raise FileNotFoundError(f'{folder} holds no model.json; give the folder of a run that has validated once')
-    text = str(source)
-    if re.fullmatch(r'[\w.-]+/[\w.-]+', text) and not text.startswith(('runs/','.')): return from_pretrained(text)
-    if '/' in text or '\\' in text: raise FileNotFoundError(f'There is no folder {folder}; train a network first')
-    try: return shipped_model(text)
-    except FileNotFoundError as e: raise FileNotFoundError(f'There is no folder {folder}. {e}') from e
+    return local_network(source) or from_pretrained(str(source))

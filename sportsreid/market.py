@@ -8,7 +8,7 @@ __all__ = ['MARKET', 'SYNERGY', 'MARKET_FOLDERS', 'SYNERGY_FOLDERS', 'read_marke
 # %% ../nbs/01l_market.ipynb #imports
 from pathlib import Path
 import pandas as pd
-from .core import project_path
+from .core import counted, project_path
 from .data import check_crops
 from .files import list_images
 
@@ -22,8 +22,8 @@ def _parse(files:pd.Series, pattern:str, example:str)->pd.DataFrame:
     numbers = names.str.extract(pattern)
     bad = numbers.isna().any(axis=1)
     if bad.any():
-        raise ValueError(f'{bad.sum()} names are not like {example}; first: {files[bad].iloc[0]}; remove these files, '
-                         'or read your crops with read_folders or read_table')
+        raise ValueError(f'{counted(bad.sum(), "name")} not like {example}; first: {files[bad].iloc[0]}; '
+                         'remove such files, or read your crops with read_folders or read_table')
     return numbers.astype('int64')
 
 # %% ../nbs/01l_market.ipynb #read-roles

@@ -8,6 +8,7 @@ __all__ = ['CROP_NAME', 'CHALLENGE_NAME', 'MATCH_NAME', 'parse_names', 'parse_ma
 # %% ../nbs/00d_names.ipynb #imports
 import re, warnings
 import numpy as np, pandas as pd
+from .core import counted
 
 # %% ../nbs/00d_names.ipynb #name-patterns
 CROP_NAME = re.compile(r'(?P<bbox>\d{1,15})-(?P<action>\d{1,15})-(?P<pid>\d{1,15})-(?P<frame>\d{1,15})'
@@ -54,6 +55,7 @@ def parse_folders(
     matches = pd.DataFrame(parts, columns=['league','season','match'])
     matches[['home','away']] = [parse_match(m) for m in matches.match]
     unread = matches.match[matches.home==''].unique()
-    if len(unread): warnings.warn(f'{len(unread)} match folders do not read as "date - time home score - score away", '
-                                  f'so their teams are unknown; first: {unread[0]}')
+    if len(unread):
+        warnings.warn(f'{counted(len(unread), "match folder")} unlike "date - time home score - score away", '
+                      f'so the teams are unknown; first: {unread[0]}')
     return matches.iloc[codes].reset_index(drop=True)

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'SPLITS', 'SHARES', 'split_folders', 'find_layout', 'draw_players', 'split_own', 'given_splits', 'hold_out',
-           'own_tables', 'layout_splits', 'read_layout', 'find_own']
+           'part_strangers', 'add_strangers', 'clip_seconds', 'own_tables', 'layout_splits', 'read_layout', 'find_own']
 
 # %% ../nbs/01n_own.ipynb #imports
-import os
+import os, re
 from pathlib import Path
 import numpy as np, pandas as pd
 from .clips import find_clips
-from .core import note_once, project_path
+from .core import counted, note_once, project_path
 from .cut import read_clips
 from .data import check_crops, find_data, read_soccernet
 from .files import SPLIT_NAMES, walk_folders
-from .layouts import other_images, read_folders, read_table
+from .layouts import other_images, read_folders, read_rows
 from .market import MARKET_FOLDERS, read_market, read_synergy
-from .splits import check_apart, check_bytes, query_gallery
+from .splits import check_apart, check_bytes, lasting_players, query_gallery
 
 # %% ../nbs/01n_own.ipynb #split-folders
 LAYOUTS = 'auto', 'soccernet', 'folders', 'teams', 'csv', 'mot', 'market', 'synergy'
@@ -76,12 +76,13 @@ SHARES = dict(test=.2, valid=.2)
 def draw_players(
     crops:pd.DataFrame,  # crop table of role train
     shares:dict,         # split: share of the players to draw for it
-)->dict[str,np.ndarray]:  # split: pids, at least two
+)->dict[str,np.ndarray]:  # split: at least two of `lasting_players`
     "Draw players for the splits that score; ValueError if too few have two crops"
-    n = crops.groupby('pid').size()
-    often = n.index[n>1].to_numpy()
+    who = lasting_players(crops)
+    often = np.sort(who[crops.groupby('pid').pid.transform('size')>1].unique())
     if len(often)<4:
-        raise ValueError(f'{len(often)} of {len(n)} players have two crops or more; to train and to score takes four: '
+        raise ValueError(f'{len(often)} of {counted(who.nunique(), "player has", "players have")} two crops or more; '
+                         'to train and to score takes four: '
                          'two to learn from, and two to tell apart whom the network has not seen; add crops')
     drawn,taken = np.random.default_rng(0).permutation(often), 0
     pids = {}
@@ -92,17 +93,19 @@ def draw_players(
         taken += few
     return pids
 
+# %% ../nbs/01n_own.ipynb #split-own-itself
 def split_own(
     crops:pd.DataFrame,  # crop table of role train
     shares:dict=SHARES,  # split: share of the players
     first:bool=False,    # the query is a player's first frame, else one at random
 )->dict[str,pd.DataFrame]:  # train, test and, if there are players enough, valid
     "Split crops by player, the same on every machine"
-    pids = draw_players(crops, shares)
-    tables = {split: crops[crops.pid.isin(chosen)].reset_index(drop=True) for split,chosen in pids.items()}
-    train = crops[~crops.pid.isin(np.concatenate(list(pids.values())))]
+    drawn,who = draw_players(crops, shares),lasting_players(crops)
+    tables = {split: crops[who.isin(chosen)].reset_index(drop=True) for split,chosen in drawn.items()}
+    train = crops[~who.isin(np.concatenate(list(drawn.values())))]
     counts = {'train': train, **tables}
-    note_once('split by player: '+', '.join(f'{s} {t.pid.nunique()} ({len(t)} crops)' for s,t in counts.items()))
+    said = [f'{s} {lasting_players(t).nunique()} ({counted(len(t), "crop")})' for s,t in counts.items()]
+    note_once(f'split by player: {", ".join(said)}')
     return dict(train=check_crops(train), **{s: query_gallery(t, 0, first) for s,t in tables.items()})
 
 # %% ../nbs/01n_own.ipynb #given-splits
@@ -115,7 +118,8 @@ def given_splits(
     if not names: return {}
     bad = ~crops.split.isin(SPLITS[:3])
     if bad.any():
-        raise ValueError(f'Column split is train, valid or test; {bad.sum()} rows have {crops.split[bad].iloc[0]!r}; '
+        raise ValueError(f'Column split is train, valid or test; '
+                         f'{counted(bad.sum(), "row has", "rows have")} {crops.split[bad].iloc[0]!r}; '
                          "name each row's split, or none")
     parts = {s: crops[crops.split==s].drop(columns='split').reset_index(drop=True) for s in SPLITS if s in names}
     for split,part in parts.items():
@@ -136,6 +140,50 @@ def hold_out(
     if not len(train): return tables
     return {**split_own(train.reset_index(drop=True), {'valid': share}), **tables}
 
+# %% ../nbs/01n_own.ipynb #part-strangers
+def part_strangers(
+    rows:pd.DataFrame,  # of `read_rows`
+)->tuple[pd.DataFrame,pd.DataFrame]:  # checked crop table of players; distractors, with pids of their own
+    "Set crops of pid -1 aside that have no role, or are gallery of queries whose pids are known"
+    strange = rows.pid<0
+    if 'role' in rows: strange &= (rows.role=='gallery') & (rows.pid[rows.role=='query']>=0).all()
+    if strange.all(): raise ValueError('Every pid is -1, so nobody is known; number or name the players')
+    own = rows.pid.max()+1+np.arange(strange.sum())
+    strangers = rows[strange].assign(pid=own, role='gallery', person='distractor')
+    crops = rows[~strange].reset_index(drop=True)
+    return check_crops(crops if 'role' in crops else crops.assign(role='train')), strangers
+
+# %% ../nbs/01n_own.ipynb #add-strangers
+def add_strangers(
+    tables:dict[str,pd.DataFrame],  # split: crop table
+    strangers:pd.DataFrame,         # of `part_strangers`
+)->dict[str,pd.DataFrame]:  # the same, with distractors in the galleries of valid and test
+    "Give each distractor to a split that asks in its action, and say how many went where"
+    if not len(strangers): return tables
+    fits = pd.DataFrame({s: strangers.action.isin(t.action[t.role=='query']) for s,t in tables.items() if s!='train'})
+    if 'split' in strangers: fits &= np.equal.outer(strangers.split.fillna('').to_numpy(), fits.columns.to_numpy())
+    turn = np.random.default_rng(0).permutation(len(strangers))[:,None]+np.arange(fits.shape[1])
+    chosen = np.where(fits, turn%max(1, fits.shape[1]), -1)
+    place = np.where(fits.any(axis=1), chosen.argmax(axis=1), -1)
+    said = []
+    for k,split in enumerate(fits):
+        part = strangers[place==k].drop(columns='split', errors='ignore')
+        known = tables[split] if 'person' in tables[split] else tables[split].assign(person='person')
+        tables = {**tables, split: check_crops(pd.concat([known, part], ignore_index=True))}
+        said.append(f'{split} {len(part)}')
+    note_once(f'{counted(len(strangers), "crop")} of pid -1 are distractors, gallery only: '+', '.join(
+              [*said, f'left out {int((place<0).sum())} whose action has no query']))
+    return tables
+
+# %% ../nbs/01n_own.ipynb #own-tables-csv
+def _table_splits(root:Path)->dict[str,pd.DataFrame]:
+    files = [root] if root.is_file() else sorted(root.glob('*.csv'))
+    if len(files)!=1: raise ValueError(f'{root} holds {len(files)} .csv files; give the path of the one that is meant')
+    crops,strangers = part_strangers(read_rows(files[0]))
+    if 'split' in crops: tables = check_bytes(given_splits(crops.assign(split=crops.split.fillna(''))))
+    else: tables = split_own(crops) if (crops.role=='train').all() else check_bytes(hold_out(crops))
+    return add_strangers(tables, strangers)
+
 # %% ../nbs/01n_own.ipynb #own-tables
 def _folder_splits(root:Path, depth:int)->dict[str,pd.DataFrame]:
     splits = {s: f for s,f in split_folders(root).items() if s!='challenge'}
@@ -144,20 +192,14 @@ def _folder_splits(root:Path, depth:int)->dict[str,pd.DataFrame]:
     crops = pd.concat(tables, ignore_index=True)
     return check_bytes(given_splits(crops.assign(pid=pd.factorize(crops.person, sort=True)[0])))
 
-def _table_splits(root:Path)->dict[str,pd.DataFrame]:
-    files = [root] if root.is_file() else sorted(root.glob('*.csv'))
-    if len(files)!=1: raise ValueError(f'{root} holds {len(files)} .csv files; give the path of the one that is meant')
-    crops = read_table(files[0])
-    if 'split' in crops: return check_bytes(given_splits(crops.assign(split=crops.split.fillna(''))))
-    return split_own(crops) if (crops.role=='train').all() else check_bytes(hold_out(crops))
-
-def _clip_splits(root:Path, keep:str|Path)->dict[str,pd.DataFrame]:
-    crops = read_clips(root, keep)
+def _clip_splits(root:Path, keep:str|Path, seconds:float|None)->dict[str,pd.DataFrame]:
+    crops = read_clips(root, keep, seconds=seconds)
     if crops.split.any(): return given_splits(crops, first=True)
     matches = crops.match.unique()
     if len(matches)<3:
-        note_once(f'{len(matches)} clips are too few to keep one for valid and one for test, so players of the same '
-                 'clip are on both sides, and scores flatter; give 3 clips or more')
+        said = counted(len(matches), 'clip is', 'clips are')
+        note_once(f'{said} too few to keep one for valid and one for test, so players of the same clip are on both '
+                  'sides, and scores flatter; give 3 clips or more')
         return split_own(crops.drop(columns='split'), first=True)
     few = max(1, round(.2*len(matches)))
     drawn = np.random.default_rng(0).permutation(matches)
@@ -166,16 +208,25 @@ def _clip_splits(root:Path, keep:str|Path)->dict[str,pd.DataFrame]:
     return given_splits(crops.assign(split=crops.match.map(names)), first=True)
 
 # %% ../nbs/01n_own.ipynb #own-tables-itself
+def clip_seconds(
+    layout:str,  # such as mot or mot(seconds=10)
+)->float|None:  # length of an action; None: a clip is one; ValueError for anything else
+    "How clips are cut into actions by time"
+    if layout=='mot': return None
+    found = re.fullmatch(r'mot\((?:seconds=)?(\d+\.?\d*)\)', layout.replace(' ', ''))
+    if found and float(found[1])>0: return float(found[1])
+    raise ValueError(f'clips are cut by time with a layout such as mot(seconds=10), not {layout!r}')
+
 def own_tables(
     root:str|Path,                # folder, or .csv file
-    layout:str,                   # folders, teams, csv, mot, market or synergy
+    layout:str,                   # folders, teams, csv, mot, mot(seconds=10), market or synergy
     keep:str|Path='data/packed',  # folder for crops that are cut from frames
 )->dict[str,pd.DataFrame]:  # split: crop table; those of train, valid and test that there are
     "Read the splits of a layout other than SoccerNet's, and make them if nobody did"
     root = project_path(root)
     if layout in ('folders','teams'): return _folder_splits(root, 1 if layout=='folders' else 2)
     if layout=='csv': return _table_splits(root)
-    if layout=='mot': return _clip_splits(root, keep or 'data/packed')
+    if layout.startswith('mot'): return _clip_splits(root, keep or 'data/packed', clip_seconds(layout))
     if layout in ('market','synergy'): return hold_out(read_market(root) if layout=='market' else read_synergy(root))
     raise ValueError(f'Unknown layout {layout!r}; there are {", ".join(LAYOUTS)}')
 

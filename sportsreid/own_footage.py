@@ -13,14 +13,14 @@ import numpy as np, pandas as pd, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, tensor
 from .baselines import image_feats
+from .boxes_fit import open_boxes
 from .checks import is_count, is_number
-from .core import project_path
-from .cut import cut_crops, read_frames
+from .core import counted, project_path
+from .cut import cut_crops
 from .data import check_crops
 from .images import CropFiles
 from .sightings import find_cuts
 from .tracklets import hidden_share, number_tracklets, pick_crops, seen_together, shot_of
-from .tracks import check_mot, read_mot
 
 # %% ../nbs/09i_footage_table.ipynb #windows
 def window_starts(
@@ -130,8 +130,9 @@ class Tracklets:
     def __repr__(self):
         reasons = ', '.join(f'{n} {why}' for why,n in self.left_out.items() if n) or 'none'
         counts = self.crops[['pid','action']].nunique()
-        return (f'{len(self.crops)} crops of {counts.pid} tracklets in {counts.action} windows, {len(self.together)} '
-                f'pairs of tracklets seen together; of {self.boxes} boxes left out: {reasons}')
+        return (f'{counted(len(self.crops), "crop")} of {counted(counts.pid, "tracklet")} in '
+                f'{counted(counts.action, "window")}, {counted(len(self.together), "pair")} of tracklets seen together; '
+                f'of {counted(self.boxes, "box", "boxes")} left out: {reasons}')
 
 def number_anew(
     crops:pd.DataFrame,  # crop table
@@ -159,16 +160,15 @@ def join_tracklets(
     return Tracklets(crops, np.concatenate(pairs), left_out, sum(part.boxes for part in parts))
 
 # %% ../nbs/09i_footage_table.ipynb #open-rows
-def _open_rows(frames:Path, tracks:str|Path|pd.DataFrame)->tuple[pd.DataFrame,tuple[int,int]]:
-    "Boxes on tracks, and the size of a frame; a ValueError if a folder lacks frames or a video cannot be read"
-    rows = check_mot(tracks, 'tracks') if isinstance(tracks, pd.DataFrame) else read_mot(project_path(tracks))
+def _open_rows(frames:Path, tracks:str|Path|pd.DataFrame, cuts:list[int]|None)->tuple[pd.DataFrame,tuple[int,int]]:
+    "Boxes on tracks, and the size of a frame; ValueError or FileNotFoundError if frames, boxes and cuts do not fit"
+    rows,size = open_boxes(frames, tracks, cuts)
     rows = rows[rows.id>=0].reset_index(drop=True)
     if not len(rows): raise ValueError('No box is on a track (all ids are -1); run a tracker first')
     if rows.id.nunique()==1:
-        raise ValueError(f'All {len(rows)} boxes are of one id, {rows.id[0]}; learning needs two people in one frame')
-    if not frames.exists(): raise FileNotFoundError(f'There is no folder or video {frames}')
-    _,image = next(read_frames(frames, rows.frame.unique().tolist()))
-    return rows, image.size
+        raise ValueError(f'All {counted(len(rows), "box is", "boxes are")} of one id, {rows.id[0]}; learning needs two '
+                         'people in one frame')
+    return rows, size
 
 def _picked(rows:pd.DataFrame, bad:ndarray, most:int, starts:list[int])->ndarray:
     "Positions of the boxes to cut; one of the last frame is among them, so that a video is read to there"
@@ -199,7 +199,7 @@ def tracklets(
 )->Tracklets:  # ValueError or FileNotFoundError, in one sentence, if there is nothing to learn from
     "Make a crop table that labels itself"
     frames = project_path(frames)
-    rows,size = _open_rows(frames, tracks)
+    rows,size = _open_rows(frames, tracks, cuts)
     if cuts is None: cuts = find_cuts(frames, rows.frame.unique().tolist())
     starts = window_starts(rows.frame.to_numpy(), cuts, window)
     numbers = number_tracklets(rows, starts)
@@ -224,6 +224,8 @@ def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataF
     crops,together = number_anew(crops, together)
     pairs = int((crops.pid.value_counts()>1).sum())
     if pairs<2 or not len(together):
-        raise ValueError(f'{pairs} tracklets have two good crops and {len(together)} pairs of them were seen together; '
-                         'learning needs two of the one and one of the other: give more frames, or other limits')
+        good = counted(pairs, 'tracklet has', 'tracklets have')
+        seen = counted(len(together), 'pair of them was', 'pairs of them were')
+        raise ValueError(f'{good} two good crops and {seen} seen together; learning needs two of the one and one of the '
+                         'other: give more frames, or other limits')
     return Tracklets(check_crops(crops), together, left_out, len(rows))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEEDED', 'YES_NO', 'KINDS', 'SPLITS', 'LAYOUTS', 'RUN', 'NETWORK', 'BATCHES', 'STEPS', 'MACHINE', 'METHOD', 'TRAIN',
            'SHARED', 'EVALUATE', 'SOUP', 'FOLLOW', 'SETTINGS', 'WRITTEN', 'MOVED', 'PLAIN', 'Setting', 'as_kind',
-           'check_value', 'in_interval', 'read_size', 'parse_size', 'read_splits', 'read_device', 'check_settings',
-           'given_settings', 'all_settings']
+           'check_value', 'in_interval', 'read_size', 'parse_size', 'read_splits', 'read_layout', 'read_device',
+           'check_settings', 'given_settings', 'all_settings']
 
 # %% ../nbs/05d_parameters.ipynb #imports
 import re
@@ -113,9 +113,21 @@ def read_splits(
 
 # %% ../nbs/05d_parameters.ipynb #settings-run
 LAYOUTS = 'auto', 'soccernet', 'folders', 'teams', 'csv', 'mot', 'market', 'synergy'
+
+def read_layout(
+    text:str,  # a name in LAYOUTS, or clips cut into actions: mot(seconds=10)
+)->str:  # the same
+    "Read how data are laid out"
+    if text in LAYOUTS: return text
+    if not text.startswith('mot('): raise ValueError(f'{text!r} is none{nearest(text, LAYOUTS)}; there are '
+                                                     f'{", ".join(LAYOUTS)}, and mot(seconds=10)')
+    from sportsreid.own import clip_seconds  # brings pandas
+    clip_seconds(text)
+    return text
+
 RUN = dict(
     data   = Setting(str, '', "folder or .csv file; '': $SPORTSREID_DATA, data/soccernet or simulated"),
-    layout = Setting(str, 'auto', 'how the data are laid out; auto: recognised', LAYOUTS),
+    layout = Setting(str, 'auto', f'how the data are laid out: {", ".join(LAYOUTS)}, mot(seconds=10)', read_layout),
     run    = Setting(str, '', "run folder; '': runs/<arch>-s<seed>"),
     seed   = Setting(int, 0, 'of order, augmentation and new layers'),
     recipe = Setting(str, '', "a table of nbs/recipes, or a file such as mine.yaml; '': the network's own"),
@@ -196,7 +208,7 @@ EVALUATE = dict(
     size        = Setting(str, None, "of the input, where the checkpoint's is not its network's own", read_size),
     split       = Setting(str, 'test', 'valid, test or challenge, or several: valid+test+challenge', read_splits),
     data        = Setting(str, '', "folder or .csv file; '': that of the run, else looked for"),
-    layout      = Setting(str, 'auto', 'how the data are laid out; auto: as in the run, else recognised', LAYOUTS),
+    layout      = Setting(str, 'auto', 'how the data are laid out, see train; auto: as in the run', read_layout),
     metric      = Setting(str, '', "'': as the network was trained", ('','euclidean','cosine')),
     flip        = Setting(bool, False, 'mean feature of a crop and its mirror image'),
     also        = Setting(str, '', 'further run folders, with commas between, or a pattern: an ensemble'),
@@ -216,7 +228,7 @@ SOUP = dict(
     runs        = Setting(str, 'runs/tiny-s?', 'run folders: a pattern, or folders with commas between'),
     out         = Setting(str, 'runs/tiny-soup', 'where the soups go, as OUT/uniform and OUT/greedy'),
     data        = Setting(str, '', "folder or .csv file; '': that of the first member"),
-    layout      = Setting(str, 'auto', 'how the data are laid out; auto: as in that member, else recognised', LAYOUTS),
+    layout      = Setting(str, 'auto', 'how the data are laid out, see train; auto: as in that member', read_layout),
     bn_crops    = Setting(int, 2000, 'training crops that measure BatchNorm again', '[2,inf)'),
     path_points = Setting(int, 9, 'networks to score between the first two members; 0: none'),
     **SHARED,

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NETWORKS', 'RESULTS', 'timm_names', 'check_names', 'check_format', 'is_done', 'choose_data', 'choose_layout',
-           'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_recipe',
-           'check_train']
+           'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_boxes',
+           'check_recipe', 'check_train']
 
 # %% ../nbs/05d_refusals.ipynb #imports
 import glob, importlib.util, os, re
 from functools import cache
 from pathlib import Path
-from .core import check_same, in_a_sentence, project_path, read_config, read_scores, short_path
+from .core import check_same, in_a_sentence, notes_later, project_path, read_config, read_scores, short_path
 from .lines import nearest, parse_terms
+from .networks import local_network
 from .parameters import SETTINGS
 from .recipes import NoRun, Resolved, deciding, file_hash, find_run, resolve
 
@@ -109,8 +110,8 @@ def check_data(
     from sportsreid.own import layout_splits
     root,_ = choose_data(data, run, layout)
     layout = choose_layout(layout, root, run)
-    if root is None or layout=='mot': return
-    there = layout_splits(root, layout)
+    if root is None or layout.startswith('mot'): return
+    with notes_later(): there = layout_splits(root, layout)
     lost = [s for s in splits if s not in there]
     if not lost: return
     raise FileNotFoundError(f'there is no {lost[0]} split in {short_path(root)}, which holds {", ".join(there)}; '
@@ -163,6 +164,24 @@ def check_footage(
     if tracks and out and project_path(tracks).resolve() in [(project_path(out)/name).resolve() for name in RESULTS]:
         raise ValueError(f'{tracks} would be written over by the results; give another folder with out')
 
+def check_boxes(
+    frames:str,  # folder or video
+    tracks:str,  # file
+    cuts:str='', # as on a command line
+)->None:  # a ValueError or FileNotFoundError says what does not fit
+    "Make sure that each box is on a track, and that frames and cuts fit the boxes"
+    from sportsreid.boxes_fit import open_boxes, parse_cuts  # brings pandas
+    from sportsreid.tracks import check_on_track
+    check_on_track(open_boxes(frames, tracks, parse_cuts(cuts))[0])
+
+# %% ../nbs/05d_refusals.ipynb #check-follow
+def _check_follow(values:dict):
+    "Refuse frames, tracks, cuts or a network that following cannot start with"
+    check_footage(values['frames'], values['tracks'], values['out'])
+    local_network(values['network'])
+    check_writable(project_path(values['out']))
+    if values['frames']: check_boxes(values['frames'], values['tracks'], values['cuts'])
+
 # %% ../nbs/05d_refusals.ipynb #check-recipe
 @in_a_sentence()
 def check_recipe(
@@ -175,7 +194,7 @@ def check_recipe(
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
     if program=='soup': return check_members(values['runs'])
-    if program=='follow': return check_footage(values['frames'], values['tracks'], values['out'])
+    if program=='follow': return _check_follow(values)
     check_file('checkpoint', values['checkpoint'])
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])

@@ -16,7 +16,8 @@ from fastcore.basics import patch_to
 from pandas import DataFrame
 from torch import Tensor
 from .baselines import baselines
-from .core import project_path, read_config, short_path, write_whole
+from .core import counted, project_path, read_config, short_path, write_whole
+from .damage import with_sizes
 from .data import fingerprint
 from .devices import keep_memory, pick_device
 from .evaluate import Ranking
@@ -175,7 +176,7 @@ def _read_tables(root, splits, values, layout):
                          'such as -p temperature 0.1')
     wanted = [*splits, 'valid'] if tunes else splits
     how = dict(cache=values['packs'], drop_bad=values['drop_bad'])
-    return {s: read_layout(root, layout, s, **how) for s in dict.fromkeys(wanted)}
+    return {s: with_sizes(read_layout(root, layout, s, **how)) for s in dict.fromkeys(wanted)}
 
 def open_evaluation(
     values:dict,  # every setting of `parameters.EVALUATE`
@@ -249,7 +250,7 @@ def rank_splits(
         path = ranking.to_json(evaluation.file('ranking', split))
         found = dict(steps=steps and asdict(steps), ranking=file_hash(path))
         write_record(evaluation.file('made_by', split), {**evaluation.record(split), **found})
-        print(f'{split}: {len(ranking.query)} queries ranked, written to {short_path(path)}')
+        print(f'{split}: {counted(len(ranking.query), "query", "queries")} ranked, written to {short_path(path)}')
         rankings[split] = ranking
     return rankings
 
@@ -261,8 +262,7 @@ def steps_table(
     "What each step of re-ranking added"
     if evaluation.steps is None: return None
     known = [s for s in evaluation.splits if (evaluation.tables[s]['pid']>=0).all()]
-    steps,metric = evaluation.steps, evaluation.metric
-    compared = {s: compare_rerank(feats[s], evaluation.tables[s], metric, steps) for s in known}
+    compared = {s: compare_rerank(feats[s], evaluation.tables[s], evaluation.metric, evaluation.steps) for s in known}
     return (100*pd.concat(compared)).round(1) if compared else None
 
 # %% ../nbs/06f_scoring.ipynb #write-scores

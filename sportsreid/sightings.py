@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from numpy import ndarray
 from .checks import is_number
-from .core import progress
+from .core import counted, progress
 from .cut import clip_boxes, read_frames
 from .tracks import check_mot
 
@@ -81,7 +81,8 @@ def motion_tracklets(
         tracked = tracker.update(seen)
         if len(tracked): ids[tracked.data['row'].astype(int)] = tracked.tracker_id
     on_track = ids>=0
-    if not on_track.any(): raise ValueError(f'No track was found among {len(found)} detections; are they sure enough?')
+    if not on_track.any():
+        raise ValueError(f'No track was found in {counted(len(found), "detection")}; are they sure enough?')
     names = np.unique(ids[on_track], return_inverse=True)[1]+1
     return found[on_track].assign(id=names).reset_index(drop=True)
 
@@ -106,5 +107,6 @@ def embed_boxes(
         kept.append(here[inside])
         if len(crops)>=part: feats,crops = [*feats, embed(crops)],[]
     if crops: feats.append(embed(crops))
-    if not feats: raise ValueError(f'None of {len(picked)} boxes lies in its frame; are they those of another video?')
+    if not feats:
+        raise ValueError(f'None of {counted(len(picked), "box", "boxes")} lies in its frame; are they of another clip?')
     return np.concatenate(feats), np.concatenate(kept)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['made_table', 'MadeCrops', 'photo', 'drawing', 'simulated_crops', 'draw_links', 'season_table', 'small_table',
-           'odd_table', 'write_crops', 'file_limit', 'locked', 'ranking_problem', 'made_actions', 'train_beginner']
+           'odd_table', 'write_crops', 'write_video', 'file_limit', 'locked', 'ranking_problem', 'made_actions',
+           'train_beginner']
 
 # %% ../nbs/00b_testing.ipynb #imports
 from collections.abc import Callable, Iterator
@@ -180,6 +181,21 @@ def write_crops(
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(images[[row]][0].permute(1,2,0).numpy()).save(path)
     return crops.assign(path=[p.as_posix() for p in paths])
+
+# %% ../nbs/00b_testing.ipynb #write-video
+def write_video(
+    path:str|Path,           # such as clip.mkv
+    images:list,             # PIL images of one size
+    codec:str='ffv1',        # of ffmpeg; this one is lossless
+    pix_fmt:str='bgr0',      # how it stores a pixel
+)->Path:  # the file
+    "Write pictures as a video of 25 a second"
+    import av
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(codec, rate=25, width=images[0].width, height=images[0].height, pix_fmt=pix_fmt)
+        for image in images: container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return Path(path)
 
 # %% ../nbs/00b_testing.ipynb #file-limit
 @contextmanager

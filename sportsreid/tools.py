@@ -9,12 +9,13 @@ __all__ = ['data', 'compare', 'adapt']
 from pathlib import Path
 from fastcore.script import Param
 from .core import project_path, short_path
+from .networks import local_network
 from .refusals import check_footage, check_writable
 
 # %% ../nbs/09e_tools.ipynb #data
 def data(
     folder:str,          # folder or .csv file
-    layout:str='auto',   # soccernet, folders, teams, csv, mot, market or synergy; auto: recognised
+    layout:str='auto',   # soccernet, folders, teams, csv, mot, mot(seconds=10), market or synergy; auto: recognised
 )->None:
     "Say what is in a folder of crops, split by split, or what is wrong with it"
     import pandas as pd
@@ -55,10 +56,12 @@ def adapt(
 )->Path:  # the run folder
     "Train a network further on footage that labels itself, and say what it gained"
     check_footage(frames, tracks)
+    local_network(network)
     folder = project_path(run)
     check_writable(folder)
-    from sportsreid.adapt import adapt as train_further
-    from sportsreid.footage import parse_cuts
+    from sportsreid.boxes_fit import open_boxes, parse_cuts
+    open_boxes(frames, tracks, parse_cuts(cuts))
+    from sportsreid.adapt import adapt as train_further  # brings torch
     from sportsreid.own_footage import tracklets
     found = tracklets(frames, project_path(tracks), project_path('data/tracklets')/folder.name, parse_cuts(cuts))
     done = train_further(network, found, folder, minutes, seed, device)

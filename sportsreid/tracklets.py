@@ -10,6 +10,7 @@ __all__ = ['LONGEST', 'TRIM', 'shot_of', 'number_tracklets', 'same_frame', 'seen
 import numpy as np, pandas as pd
 from numpy import ndarray
 from .checks import is_count
+from .tracks import check_on_track
 
 # %% ../nbs/09f_tracklets.ipynb #tracklets-code
 def shot_of(
@@ -27,9 +28,7 @@ def number_tracklets(
     cuts:list[int]=(),  # first frame of each shot but the first
 )->ndarray:  # (N,) 0, 1, ...: a number for each id in each shot, by id, then shot; ValueError for a box on no track
     "Which tracklet a box is in"
-    if not len(rows): raise ValueError('There are no boxes to follow; give the rows of a tracker')
-    lost = (rows.id<0).sum()
-    if lost: raise ValueError(f'{lost} boxes are on no track (id -1); run a tracker first, or leave them out')
+    check_on_track(rows)
     shots = shot_of(rows.frame.to_numpy(), cuts)
     return rows.assign(shot=shots).groupby(['id','shot']).ngroup().to_numpy()
 
