@@ -29,6 +29,7 @@ from .models import ReIDModel
 from .own_footage import Tracklets
 from .recipes import file_hash
 from .seen import SeenInfoNCE, SeenPairs, class_pairs, hold_out, purity, rank_held, without_mixed
+from .split import split_mixed
 from .train import TrainBatches, train
 from .weights import load_model, save_model
 
@@ -45,7 +46,8 @@ class Adapting:
     optimizer:str = 'adam(weight_decay=0.0005)'
     schedule:str = 'cosine(warmup=0.05)'
     ema:float = 0.            # decay of an average of the weights; 0: none
-    pure:bool = True          # leave out tracklets that probably hold two people
+    pure:bool = True          # look for tracklets that probably hold two people
+    split:bool = True         # cut these in two where the change is clear; otherwise they are left out
     hold:float = .1           # share of a tracklet's crops that is held out at each end
     packs:str = 'data/packed' # folder for crops at the network's size; '': decode files each time
 
@@ -86,12 +88,14 @@ def pure_part(
     model:ReIDModel,   # the network, where it computes
     found:Tracklets,   # of your footage
     packs:str='',      # folder for crops at the network's size; '': decode files each time
-)->Tracklets:  # without those that probably hold two people
+    split:bool=True,   # cut tracklets that probably hold two people in two, if it is clear where; else leave them out
+)->Tracklets:  # of one person each
     "The tracklets that show one person each"
     device = next(model.parameters()).device
     images = open_crops(found.crops, model.spec['size'], packs, fit=model.spec['fit'])
     feats,(colours,) = extract_features(model, images, device=device),image_feats(images, stripes8)
-    return without_mixed(found, purity(fuse(feats, colours, 1.5), found.crops, found.together))
+    both = fuse(feats, colours, 1.5)
+    return split_mixed(found, both) if split else without_mixed(found, purity(both, found.crops, found.together))
 
 # %% ../nbs/09j_adapt.ipynb #task
 @dataclass(eq=False)
@@ -236,7 +240,7 @@ def adapt(
     model = load_model(network)
     lr = start_rate(network) if how.lr is None else how.lr
     device = pick_device(device)
-    if how.pure: found = pure_part(model.to(device), found, how.packs)
+    if how.pure: found = pure_part(model.to(device), found, how.packs, how.split)
     task = AdaptTask(model, hold_out(found.crops, how.hold), found.together, how, lr, seed, device)
     config = _config(task, network, minutes, read_config(folder))
     open_run(folder, config, source=str(source), crops=len(found.crops), left_out=found.left_out)
