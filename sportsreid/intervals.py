@@ -78,17 +78,18 @@ def several_actions(
 def difference(
     first:Ranking,     # of one run, with known pids
     second:Ranking,    # of the other, for the same queries and galleries
-    n:int=1000,        # draws of whole actions
+    n:int=1000,        # draws of whole actions, or of what `by` names
     level:float=0.95,  # share of the draws inside the interval
     seed:int=0,        # of the draws
+    by:str='action',   # column of the queries whose values are drawn; where all have one value, queries are
 )->DataFrame:  # rows as `confidence`; value is the score of second minus that of first
     "By how much a second ranking of the same queries scores better than the first, with its interval"
-    same = ['bbox','action','pid']
+    same = ['bbox' if 'bbox' in first.query else 'path','action','pid']
     for ours,theirs,name in ((first.query, second.query, 'queries'), (first.gallery, second.gallery, 'gallery')):
         if not ours[same].reset_index(drop=True).equals(theirs[same].reset_index(drop=True)):
             raise ValueError(f'The two rankings differ in their {name}; rank the same crop table in the same order')
     parts = score_parts(second.queries()) - score_parts(first.queries())
-    return _interval(parts, _units(first.query.action if several_actions(first) else None, parts), n, level, seed)
+    return _interval(parts, _units(first.query[by] if first.query[by].nunique()>1 else None, parts), n, level, seed)
 
 # %% ../nbs/06aa_intervals.ipynb #scores-by
 def scores_by(

@@ -99,11 +99,11 @@ def page(
 
 # %% ../nbs/09h_report.ipynb #verdict
 def verdict(
-    against:DataFrame,  # from `compare_baselines`: a row for each baseline, the network last
+    against:DataFrame,  # a row for each of `rank_beside`, the network last
 )->str:
     "A sentence on a network beside its baselines"
     mAP = against['mAP']
-    rest,own = mAP.iloc[:-1],mAP.iloc[-1]
+    rest,own = mAP[~mAP.index.str.startswith('fused')].iloc[:-1],mAP.iloc[-1]
     if not len(rest): return 'There is no baseline to compare with.'
     best = rest['value'].idxmax()
     name,other = against.index[-1],rest.loc[best]
@@ -180,8 +180,9 @@ def flat(
 def report_parts(
     evaluation:Evaluation,       # after `write_scores`
     rankings:dict[str,Ranking],  # from `rank_splits`
-    against:DataFrame|None,      # from `compare_baselines`, of the last split with known pids; None: no pids are known
+    against:DataFrame|None,      # scores of `rank_beside` on the last split with known pids; None: no pids are known
     n_pictures:int=6,            # ranked lists of each kind
+    told:str='',                 # from `colours_verdict`
 )->dict[str,list[str]]:
     "The sections of a report"
     known = {s: r for s,r in rankings.items() if r.known}
@@ -191,7 +192,7 @@ def report_parts(
         drawn = plot_scores(against).figure
         parts['Scores'] = [paragraph(drawn_words(known)),
                            table(as_percent(score_table(known)))]
-        parts['Beside baselines'] = [paragraph(verdict(against)), picture(drawn, f'mAP on {last} beside baselines'),
+        parts['Beside baselines'] = [paragraph(f'{verdict(against)} {told}'), picture(drawn, f'mAP on {last} beside baselines'),
                                      table(as_percent(against))]
         curve = plot_cmc({s: r.cmc() for s,r in known.items()}).figure
         parts['How far down the first match is'] = [picture(curve, 'CMC curve')]
@@ -216,7 +217,7 @@ def about_parts(
 def write_report(
     evaluation:Evaluation,       # after `write_scores`
     rankings:dict[str,Ranking],  # from `rank_splits`
-    against:DataFrame|None=None, # from `compare_baselines`
+    against:DataFrame|None=None, # scores of `rank_beside`
     **kwargs,                    # of `report_parts`
 )->Path:  # report_<splits>.html beside the scores
     "Write one HTML file about an evaluation"

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'open_model', 'parse_splits', 'given_steps', 'Evaluation', 'open_evaluation', 'networks_table',
-           'splits_table', 'embed_splits', 'rank_splits', 'steps_table', 'write_scores', 'official_scores',
-           'compare_baselines']
+           'splits_table', 'embed_splits', 'rank_splits', 'steps_table', 'write_scores', 'official_scores']
 
 # %% ../nbs/06f_scoring.ipynb #imports
 import contextlib, io, json
@@ -15,7 +14,6 @@ import pandas as pd, torch
 from fastcore.basics import patch_to
 from pandas import DataFrame
 from torch import Tensor
-from .baselines import baselines
 from .core import counted, project_path, read_config, short_path, write_whole
 from .damage import with_sizes
 from .data import fingerprint
@@ -306,15 +304,3 @@ def official_scores(
                 raise ValueError(f"SoccerNet's scorer gives {split} a {score} of {theirs[score]}, ours {ours[score]}; "
                                  'was the ranking file changed?')
     return (100*DataFrame(rows).T).round(1)
-
-# %% ../nbs/06f_scoring.ipynb #compare-baselines
-def compare_baselines(
-    evaluation:Evaluation,  # opened
-    ranking:Ranking,        # of the split, by the network or ensemble
-    split:str,              # a split with known pids
-)->DataFrame:  # as `score_table`, the run last
-    "Set a ranking beside baselines"
-    model = evaluation.models[0]
-    found = baselines(evaluation.tables[split], evaluation.images(split, model), model.spec, evaluation.device)
-    name = evaluation.name
-    return score_table({**found, f'{name} (this run)' if name in found else name: ranking})

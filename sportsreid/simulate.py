@@ -222,7 +222,7 @@ def is_finished(
     marker = root/'simulated.json'
     if not marker.is_file():
         raise ValueError(f'{root} holds something other than a simulated broadcast; give a new or empty folder')
-    have = {'league':'', 'world':'football', **json.loads(marker.read_text())}
+    have = {'league':'', 'world':'football', 'others':False, **json.loads(marker.read_text())}
     different = [f'{k} is {have.get(k)!r} there, {v!r} now' for k,v in want.items() if have.get(k)!=v]
     if different: raise ValueError(f'{root} holds another simulated broadcast ({"; ".join(different)}); '
                                    'delete that folder to have it drawn again, or give another')
