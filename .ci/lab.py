@@ -121,7 +121,7 @@ def main():
     parser.add_argument('pages', nargs='*', default=PAGES, help='names of pages; none: the tour, 05, 06 and 09_follow')
     parser.add_argument('--jupyter', default=shutil.which('jupyter') or '', help='of the environment that has the project')
     parser.add_argument('--chromium', default=shutil.which('chromium') or shutil.which('google-chrome') or '', help="'': Playwright's")
-    parser.add_argument('--patience', type=int, default=1200, help='seconds that a page may take')
+    parser.add_argument('--patience', type=int, default=1800, help='seconds that a page may take')
     parser.add_argument('--pictures', type=Path, help='folder for a picture of each page; none: no pictures')
     given = parser.parse_args()
     if not given.jupyter:
