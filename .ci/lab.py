@@ -100,6 +100,7 @@ def try_page(browser, address, name, patience, pictures):
     seen |= dict(seconds=time.monotonic()-start, late=ended == 'late')
     if pictures:
         page.set_viewport_size(dict(width=WIDTH, height=min(seen['height']+200, 16_000)))
+        page.evaluate("() => { document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0; }")
         page.wait_for_timeout(1000)
         page.screenshot(path=str(pictures/f'{name}.png'))
     page.evaluate('() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()')  # or its kernel would run on
