@@ -100,6 +100,7 @@ def try_page(browser, address, name, patience, pictures):
     seen |= dict(seconds=time.monotonic()-start, late=ended == 'late')
     if pictures:
         page.set_viewport_size(dict(width=WIDTH, height=min(seen['height']+200, 16_000)))
+        page.evaluate("() => { document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0; }")
         page.wait_for_timeout(1000)
         page.screenshot(path=str(pictures/f'{name}.png'))
     page.evaluate('() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()')  # or its kernel would run on
@@ -121,7 +122,7 @@ def main():
     parser.add_argument('pages', nargs='*', default=PAGES, help='names of pages; none: the tour, 05, 06 and 09_follow')
     parser.add_argument('--jupyter', default=shutil.which('jupyter') or '', help='of the environment that has the project')
     parser.add_argument('--chromium', default=shutil.which('chromium') or shutil.which('google-chrome') or '', help="'': Playwright's")
-    parser.add_argument('--patience', type=int, default=1200, help='seconds that a page may take')
+    parser.add_argument('--patience', type=int, default=1800, help='seconds that a page may take')
     parser.add_argument('--pictures', type=Path, help='folder for a picture of each page; none: no pictures')
     given = parser.parse_args()
     if not given.jupyter:

@@ -20,13 +20,15 @@ def data(
     "Say what is in a folder of crops, split by split, or what is wrong with it"
     import pandas as pd
     from sportsreid.own import find_layout, layout_splits, own_tables, read_layout
+    from sportsreid.splits import lasting_players
     found = find_layout(folder) if layout=='auto' else layout
     if found=='soccernet': tables = {s: read_layout(folder, found, s) for s in layout_splits(folder, found)}
     else: tables = own_tables(folder, found)
     if not tables: raise ValueError(f'{folder} holds no split of the layout {found}')
     def count(crops):
-        role = crops.role.value_counts()
-        return dict(crops=len(crops), players=crops.pid[crops.pid>=0].nunique(), actions=crops.action.nunique(),
+        role,nobody = crops.role.value_counts(),crops.get('person', crops.role)=='distractor'
+        players = lasting_players(crops)[(crops.pid>=0) & ~nobody].nunique()
+        return dict(crops=len(crops), players=players, actions=crops.action.nunique(),
                     queries=role.get('query', 0), gallery=role.get('gallery', 0))
     print(f'{folder}: layout {found}')
     print(pd.DataFrame({s: count(crops) for s,crops in tables.items()}).T.to_string())
