@@ -57,11 +57,12 @@ def expected_chance(
 def height_feats(
     crops:DataFrame,  # crop table with the column `height`, in pixels
 )->Tensor:  # (N,1) float32
-    "The logarithm of each crop's height"
+    "The logarithm of each crop's height, and a trace of chance for equal heights"
     height = check_column(crops, 'crop', 'height')
     if (height<=0).any():
         raise ValueError('A crop is at least one pixel high; leave out the column height to do without')
-    return torch.from_numpy(np.log(height)).float()[:,None]
+    ties = 1e-4*torch.rand(len(height), generator=torch.Generator().manual_seed(0))   # equal heights in random order
+    return (torch.from_numpy(np.log(height)).float()+ties)[:,None]
 
 # %% ../nbs/06e_baselines.ipynb #colours
 def mean_colours(
