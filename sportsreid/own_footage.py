@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'window_starts', 'Limits', 'outside_share', 'box_faults', 'sharpness', 'thumbnails', 'crop_faults',
-           'cannot_link', 'Tracklets', 'number_anew', 'join_tracklets', 'tracklets']
+           'cannot_link', 'Tracklets', 'number_anew', 'join_tracklets', 'tracklets', 'SomeCrops']
 
 # %% ../nbs/09i_footage_table.ipynb #imports
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ from .checks import is_count, is_number
 from .core import project_path
 from .cut import cut_crops, read_frames
 from .data import check_crops
-from .images import CropFiles
+from .images import CropFiles, PackedCrops
 from .sightings import find_cuts
 from .tracklets import hidden_share, number_tracklets, pick_crops, seen_together, shot_of
 from .tracks import check_mot, read_mot
@@ -227,3 +227,19 @@ def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataF
         raise ValueError(f'{pairs} tracklets have two good crops and {len(together)} pairs of them were seen together; '
                          'learning needs two of the one and one of the other: give more frames, or other limits')
     return Tracklets(check_crops(crops), together, left_out, len(rows))
+
+# %% ../nbs/09i_footage_table.ipynb #some
+class SomeCrops:
+    "Some of the crops that were opened"
+    def __init__(self,
+        images:CropFiles|PackedCrops,  # all of them
+        paths:list[str],               # of those that are meant, in their order
+    ):
+        self.images,self.paths = images,list(paths)
+        self.rows = pd.Index(images.paths).get_indexer(self.paths)
+        if (self.rows<0).any(): raise ValueError(f'{self.paths[self.rows.argmin()]} is not among the crops that were opened')
+
+    def __len__(self): return len(self.rows)
+
+    def __getitem__(self, rows:list[int])->Tensor:  # (B,3,H,W) uint8
+        return self.images[self.rows[np.asarray(rows, np.int64)]]
