@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'Adapting', 'start_rate', 'Laps', 'stripes8', 'pure_part', 'AdaptTask', 'Adapted', 'read_adapted',
-           'start_task', 'run_task', 'check_minutes', 'adapt', 'colour_weight']
+           'adapt_config', 'start_task', 'run_task', 'check_minutes', 'adapt', 'colour_weight']
 
 # %% ../nbs/09j_adapt.ipynb #imports
 import copy, hashlib, itertools, json, time
@@ -205,13 +205,21 @@ def read_adapted(
 # %% ../nbs/09j_adapt.ipynb #config
 NEVER = 10**9  # epochs between two validations, so that the end of a run has the only one
 
-def _config(task:AdaptTask, source:Path, minutes:float, old:dict)->dict:
-    "All that decides the result"
-    pairs = hashlib.sha256(np.ascontiguousarray(task.together, np.int64).tobytes()).hexdigest()[:12]
-    known = dict(weights=file_hash(source), fingerprint=fingerprint(task.crops), together=pairs)
+def adapt_config(
+    task:AdaptTask,  # what to do
+    network:Path,    # folder of the task's weights
+)->dict:  # JSON types
+    "All that decides the result, but for the time"
+    labels = hashlib.sha256()
+    for part in task.labels(): labels.update(np.ascontiguousarray(part, np.int64).tobytes())
+    known = dict(weights=file_hash(network), fingerprint=fingerprint(task.crops), labels=labels.hexdigest()[:12])
     decided = {k: v for k,v in asdict(task.how).items() if k!='packs'}
+    return {**decided, **known, 'lr': task.lr, 'seed': task.seed, 'adapted': True}
+
+def _config(task:AdaptTask, network:Path, minutes:float, old:dict)->dict:
+    "All that decides the result"
     steps = task.how.steps or old.get('steps') or task.steps_in(60*minutes)
-    return {**decided, **known, 'lr': task.lr, 'seed': task.seed, 'minutes': minutes, 'steps': steps, 'adapted': True}
+    return {**adapt_config(task, network), 'minutes': minutes, 'steps': steps}
 
 def _finish(task:AdaptTask, folder:Path, before:dict, kept:dict, steps:int)->Adapted:
     "Keep the better weights, and write scores.json"
