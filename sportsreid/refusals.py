@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NETWORKS', 'RESULTS', 'timm_names', 'check_names', 'check_format', 'is_done', 'choose_data', 'choose_layout',
-           'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_recipe',
-           'check_train']
+           'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_adapting',
+           'check_recipe', 'check_train']
 
 # %% ../nbs/05d_refusals.ipynb #imports
 import glob, importlib.util, os, re
@@ -163,6 +163,14 @@ def check_footage(
     if tracks and out and project_path(tracks).resolve() in [(project_path(out)/name).resolve() for name in RESULTS]:
         raise ValueError(f'{tracks} would be written over by the results; give another folder with out')
 
+# %% ../nbs/05d_refusals.ipynb #check-adapting
+def check_adapting(
+    values:dict,  # every setting of `parameters.FOLLOW`
+)->None:  # a ValueError says what to give
+    "Refuse rounds of an adaptation that was not asked for"
+    if values['adapt_rounds']!=1 and not values['adapt']:
+        raise ValueError(f'adapt_rounds is {values["adapt_rounds"]}, but adapt is False; give adapt True, too')
+
 # %% ../nbs/05d_refusals.ipynb #check-recipe
 @in_a_sentence()
 def check_recipe(
@@ -175,7 +183,7 @@ def check_recipe(
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
     if program=='soup': return check_members(values['runs'])
-    if program=='follow': return check_footage(values['frames'], values['tracks'], values['out'])
+    if program=='follow': return check_adapting(values) or check_footage(values['frames'], values['tracks'], values['out'])
     check_file('checkpoint', values['checkpoint'])
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])
