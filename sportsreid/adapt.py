@@ -26,7 +26,7 @@ from .images import CropFiles, PackedCrops, open_crops
 from .learner import EMA, Learner, StopAtCollapse
 from .make import make_augmentation, make_optimizer, make_sampler, make_schedule
 from .models import ReIDModel
-from .own_footage import SomeCrops, Tracklets
+from .own_footage import SomeCrops, Tracklets, number_anew, window_blocks
 from .recipes import file_hash
 from .seen import SeenInfoNCE, SeenPairs, class_pairs, hold_out, purity, rank_held, without_mixed
 from .train import TrainBatches, train
@@ -89,8 +89,14 @@ def pure_part(
 )->Tracklets:  # without those that probably hold two people
     "The tracklets that show one person each"
     device = next(model.parameters()).device
-    feats,(colours,) = extract_features(model, images, device=device),image_feats(images, stripes8)
-    return without_mixed(found, purity(fuse(feats, colours, 1.5), found.crops, found.together))
+    pure = torch.empty(int(found.crops.pid.max())+1)
+    for rows in window_blocks(found.crops):
+        part = found.crops.iloc[rows]
+        crops,together = number_anew(part, found.together)
+        some = SomeCrops(images, part.path)
+        feats,(colours,) = extract_features(model, some, device=device),image_feats(some, stripes8)
+        pure[np.unique(part.pid)] = purity(fuse(feats, colours, 1.5), crops, together)
+    return without_mixed(found, pure)
 
 # %% ../nbs/09j_adapt.ipynb #task
 @dataclass(eq=False)
