@@ -33,7 +33,8 @@ def made_boxes(
     frame,player = np.divmod(at, PLAYERS)
     id = frame//FRAMES*PLAYERS+player
     box = np.broadcast_to([100.,30.,80.,1.], (len(at),4))
-    return pd.DataFrame(np.column_stack([frame+1, id, 50.*player, box]), columns=MOT_COLUMNS).astype(dict(frame=int, id=int))
+    rows = pd.DataFrame(np.column_stack([frame+1, id, 50.*player, box]), columns=MOT_COLUMNS)
+    return rows.astype(dict(frame=int, id=int))
 
 def made_tracklets(
     n:int,  # crops

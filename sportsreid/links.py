@@ -93,8 +93,8 @@ class Links:
 
     def __repr__(self):
         if self.threshold is None: return 'no links: too few tracklets were seen together to know a threshold'
-        return (f'{self.linked} of {len(self.players)} tracklets are linked by cosines above {self.threshold:.2f}, which '
-                f'leaves {len(self.players)-self.joins} players; {self.unsure} were unsure, {self.against} of them '
+        return (f'{self.linked} of {len(self.players)} tracklets are linked by cosines above {self.threshold:.2f}, '
+                f'which leaves {len(self.players)-self.joins} players; {self.unsure} were unsure, {self.against} of them '
                 'against the frames')
 
 def seen_rival(

@@ -238,7 +238,8 @@ class SomeCrops:
     ):
         self.images,self.paths = images,list(paths)
         self.rows = pd.Index(images.paths).get_indexer(self.paths)
-        if (self.rows<0).any(): raise ValueError(f'{self.paths[self.rows.argmin()]} is not among the crops that were opened')
+        if (self.rows<0).any():
+            raise ValueError(f'{self.paths[self.rows.argmin()]} is not among the crops that were opened')
 
     def __len__(self): return len(self.rows)
 

@@ -183,7 +183,7 @@ def check_recipe(
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
     if program=='soup': return check_members(values['runs'])
-    if program=='follow': return check_adapting(values) or check_footage(values['frames'], values['tracks'], values['out'])
+    if program=='follow': return check_adapting(values) or check_footage(*(values[k] for k in ('frames','tracks','out')))
     check_file('checkpoint', values['checkpoint'])
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])

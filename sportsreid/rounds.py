@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 from numpy import ndarray
-from .adapt import Adapted, Adapting, AdaptTask, adapt_config, check_minutes, read_adapted, run_task, start_task
+from .adapt import Adapted, Adapting, AdaptTask, adapt_config, check_minutes
+from .adapt import read_adapted, run_task, start_task
 from .checks import is_count
 from .core import open_run, project_path, read_scores, write_whole
 from .features import extract_features
