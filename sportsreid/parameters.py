@@ -241,6 +241,8 @@ FOLLOW = dict(
     threshold = Setting(float, .5, 'lowest mean cosine of two tracklets to join them', '[-1,1]'),
     most      = Setting(int, 8, 'crops of a tracklet to look at', '[1,inf)'),
     across    = Setting(bool, True, 'also join across cuts'),
+    adapt     = Setting(bool, False, 'first train the network further on these tracklets, a minute a round'),
+    adapt_rounds = Setting(int, 1, 'rounds of that, each learning from links across cuts', '[1,inf)'),
     out       = Setting(str, 'runs/follow', 'folder of the results'),
     device    = SHARED['device'],
 )

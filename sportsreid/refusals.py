@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'NETWORKS', 'RESULTS', 'timm_names', 'check_names', 'check_format', 'is_done', 'choose_data', 'choose_layout',
            'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_boxes',
-           'check_recipe', 'check_train']
+           'check_adapting', 'check_recipe', 'check_train']
 
 # %% ../nbs/05d_refusals.ipynb #imports
 import glob, importlib.util, os, re
@@ -174,6 +174,14 @@ def check_boxes(
     from sportsreid.tracks import check_on_track
     check_on_track(open_boxes(frames, tracks, parse_cuts(cuts))[0])
 
+# %% ../nbs/05d_refusals.ipynb #check-adapting
+def check_adapting(
+    values:dict,  # every setting of `parameters.FOLLOW`
+)->None:  # a ValueError says what to give
+    "Refuse rounds of an adaptation that was not asked for"
+    if values['adapt_rounds']!=1 and not values['adapt']:
+        raise ValueError(f'adapt_rounds is {values["adapt_rounds"]}, but adapt is False; give adapt True, too')
+
 # %% ../nbs/05d_refusals.ipynb #check-follow
 def _check_follow(values:dict):
     "Refuse frames, tracks, cuts or a network that following cannot start with"
@@ -194,7 +202,7 @@ def check_recipe(
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
     if program=='soup': return check_members(values['runs'])
-    if program=='follow': return _check_follow(values)
+    if program=='follow': return check_adapting(values) or _check_follow(values)
     check_file('checkpoint', values['checkpoint'])
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])

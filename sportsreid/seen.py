@@ -36,7 +36,9 @@ class SeenPairs:
         a,b = torch.broadcast_tensors(pids[:,None], others[None])
         self.codes = self.codes.to(pids.device)
         code = torch.minimum(a, b)*self.n+torch.maximum(a, b)
-        return (a!=b) & ~torch.isin(code, self.codes)
+        if not len(self.codes): return a!=b
+        at = torch.searchsorted(self.codes, code).clamp(max=len(self.codes)-1)  # isin would sort all codes each time
+        return (a!=b) & (self.codes[at]!=code)
 
 # %% ../nbs/09ia_seen.ipynb #class-pairs
 def class_pairs(
@@ -90,9 +92,9 @@ def rank_held(
     ranking = rank_features(feats, crops, metric)
     q_pids,g_pids = (torch.tensor(table.pid.to_numpy()) for table in (ranking.query,ranking.gallery))
     ranks = list(ranking.ranks)
-    for q,_ in action_blocks(ranking.query, ranking.gallery):
+    for q,g in action_blocks(ranking.query, ranking.gallery):
         rows = np.stack([ranks[i] for i in q])
-        unknown = pairs.unknown(q_pids[q], g_pids).numpy()[np.arange(len(q))[:,None],rows]
+        unknown = np.take_along_axis(pairs.unknown(q_pids[q], g_pids[g]).numpy(), np.searchsorted(g, rows), 1)
         for i,line in zip(q, np.take_along_axis(rows, unknown.argsort(1, kind='stable'), 1)): ranks[i] = line
     return Ranking(ranks, ranking.query, ranking.gallery)
 

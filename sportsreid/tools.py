@@ -51,21 +51,27 @@ def adapt(
     tracks:str,                 # MOTChallenge rows of a tracker
     network:str='tiny',         # to start from: as for embed
     run:str='runs/adapted',     # run folder to make, or to continue
-    minutes:float=1.,           # time for the training steps
+    minutes:float=1.,           # time for the training steps of each round
+    rounds:int=1,               # each after the first learns from links across cuts
     cuts:str='',                # first frame of each shot but the first, with commas between; none; '': found
     seed:int=0,                 # of order and augmentation
     device:str='',              # cuda, mps or cpu; '': the best there is
 )->Path:  # the run folder
     "Train a network further on footage that labels itself, and say what it gained"
     check_footage(frames, tracks)
+    if rounds<1: raise ValueError(f'rounds is how many there are, 1 or more, not {rounds}')
     local_network(network)
     folder = project_path(run)
     check_writable(folder)
-    from sportsreid.boxes_fit import open_boxes, parse_cuts
+    from sportsreid.boxes_fit import open_boxes, parse_cuts  # brings torch from here on
     open_boxes(frames, tracks, parse_cuts(cuts))
-    from sportsreid.adapt import adapt as train_further  # brings torch
     from sportsreid.own_footage import tracklets
     found = tracklets(frames, project_path(tracks), project_path('data/tracklets')/folder.name, parse_cuts(cuts))
-    done = train_further(network, found, folder, minutes, seed, device)
+    if rounds==1:
+        from sportsreid.adapt import adapt as train_further
+        done = train_further(network, found, folder, minutes, seed, device)
+    else:
+        from sportsreid.rounds import Rounding, adapt_rounds
+        done = adapt_rounds(network, found, folder, rounds, seed, device, Rounding(minutes))
     print(f'run folder: {short_path(done.folder)}')
     return done.folder
