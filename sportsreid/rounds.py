@@ -14,7 +14,7 @@ from numpy import ndarray
 from .adapt import Adapted, Adapting, AdaptTask, adapt_config, check_minutes
 from .adapt import read_adapted, run_task, start_task
 from .checks import is_count
-from .core import open_run, project_path, read_scores, write_whole
+from .core import counted, open_run, project_path, read_scores, write_whole
 from .features import extract_features
 from .hub import find_network
 from .links import LinkedBatches, Linking, Links, safe_links
@@ -90,7 +90,8 @@ class Rounds:
     def __repr__(self):
         went = ', '.join(f'{100*r.after["mAP"]:.1f}{"" if r.gained else " (not kept)"}' for r in self.rounds)
         links = f', with {", ".join(map(str, self.joins))} links' if self.joins else ''
-        return (f'mAP on held-out crops {100*self.before["mAP"]:.1f}, after {len(self.rounds)} rounds{links}: {went}; '
+        return (f'mAP on held-out crops {100*self.before["mAP"]:.1f}, after {counted(len(self.rounds), "round")}{links}: '
+                f'{went}; '
                 f'ended because {self.why}')
 
 def read_rounds(
