@@ -48,7 +48,7 @@ class Adapting:
     schedule:str = 'cosine(warmup=0.05)'
     ema:float = 0.            # decay of an average of the weights; 0: none
     pure:bool = True          # look for tracklets that probably hold two people
-    split:bool = True         # cut these in two where the change is clear; otherwise they are left out
+    split:bool = False        # cut these in two where they change; False: leave them out
     hold:float = .1           # share of a tracklet's crops that is held out at each end
     packs:str = 'data/packed' # folder for crops at the network's size; '': decode files each time
 
@@ -200,7 +200,8 @@ class Adapted:
             low,high = (100*end for end in self.gain)
             chance = '' if self.sure or not self.gained else ', which may be chance'
             went += f' ({low:+.1f} to {high:+.1f}{chance})'
-        if min(self.before['mAP'], self.after['mAP'])>FULL: kept += '; nearly all were right before, so these crops tell little'
+        if min(self.before['mAP'], self.after['mAP'])>FULL:
+            kept += '; nearly all were right before, so these crops tell little'
         best = max(self.before['mAP'], self.after['mAP'])
         told = '' if best>self.colours else ', not less than the network: use them, see colour_weight'
         return (f'mAP on held-out crops {went} in {self.steps} steps; {kept}; colours alone score '

@@ -75,6 +75,6 @@ def rank_beside(
     name = evaluation.name
     if not isinstance(feats, list):
         weight,how = colours_beside(evaluation, split)
-        found[f'fused, colours weigh {weight:g} ({how})'] = rank_features(fuse(*_fused(evaluation, split, feats), weight),
-                                                                          crops, 'cosine')
+        both = fuse(*_fused(evaluation, split, feats), weight)
+        found[f'fused, colours weigh {weight:g} ({how})'] = rank_features(both, crops, 'cosine')
     return {**found, f'{name} (this run)' if name in found else name: ranking}

@@ -150,7 +150,7 @@ def pure_part(
     model:ReIDModel,   # the network, where it computes
     found:Tracklets,   # of your footage
     images:CropFiles|PackedCrops,  # its crops, at the network's size
-    split:bool=True,               # cut mixed tracklets in two where that is clear; else leave all of them out
+    split:bool=False,              # cut mixed tracklets in two where that is clear; else leave all of them out
 )->Tracklets:  # of one person each; ValueError if no two that were seen together are left
     "The tracklets that show one person each, block by block"
     device = next(model.parameters()).device
