@@ -93,7 +93,7 @@ def embed_files(
 
 def embed(
     folder:str,          # of images, at any depth
-    model:str='tiny',    # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
+    model:str='sports',  # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
     out:str='features.safetensors',  # file to write
     device:str='',       # such as cuda or cpu; none: the best there is
     engine:str='auto',   # torch, onnx, or auto
@@ -170,7 +170,7 @@ class _Sides:
 def match(
     query:str,               # a folder of images, or a file that embed wrote
     gallery:str,             # likewise
-    model:str='tiny',        # network for folders: as for embed
+    model:str='sports',      # network for folders: as for embed
     out:str='',              # .csv to write: query, rank, candidate, player, score, probability, taken
     k:int=3,                 # candidates for each query
     rate:float=None,         # false-match rate whose threshold is taken: 0.1, 0.01 or 0.001; none: 0.01 where known

@@ -99,7 +99,7 @@ def _unit_rows(feats:ndarray, first:int)->ndarray:
 class Embedder:
     "Crops in, features of length one out"
     def __init__(self,
-        source:str|Path='tiny',    # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
+        source:str|Path='sports',  # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
         device:str='',             # such as cuda or cpu; '': the best there is
         batch_size:int|None=None,  # crops at a time; None: 32 on a CPU, else 512
         engine:str='auto',         # torch, onnx (CPU only), or auto

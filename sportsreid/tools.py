@@ -49,7 +49,7 @@ def compare(
 def adapt(
     frames:str,                 # folder of numbered frames, or a video
     tracks:str,                 # MOTChallenge rows of a tracker
-    network:str='tiny',         # to start from: as for embed
+    network:str='sports',       # to start from: as for embed
     run:str='runs/adapted',     # run folder to make, or to continue
     minutes:float=1.,           # time for the training steps of each round
     rounds:int=1,               # each after the first learns from links across cuts
