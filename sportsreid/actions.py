@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'check_pairs', 'deal_parts', 'cut_actions', 'pack_units', 'pack_actions', 'mend_batches', 'count_up',
-           'pick_crops', 'ActionSampler', 'MixedSampler', 'coverage_table', 'plot_coverage']
+           'pick_crops', 'ActionSampler', 'MixedSampler', 'coverage_table', 'plot_coverage', 'Laps']
 
 # %% ../nbs/02a_actions.ipynb #imports
 from collections import deque
@@ -241,3 +241,22 @@ def plot_coverage(
         ax.set_yticks(np.arange(len(table)), table.index)
         ax.spines[['top','right','bottom']].set_visible(False)
     return fig
+
+# %% ../nbs/02a_actions.ipynb #laps
+class Laps:
+    "Several epochs of a sampler as one"
+    def __init__(self,
+        sampler,   # an `EpochSampler`
+        laps:int,  # how many of its epochs make one
+    ):
+        self.sampler,self.laps = sampler,laps
+        self.set_epoch(0)
+
+    def set_epoch(self, n:int): self.epoch = n
+
+    def __iter__(self):
+        for lap in range(self.laps):
+            self.sampler.set_epoch(self.epoch*self.laps+lap)
+            yield from self.sampler
+
+    def __repr__(self): return f'{self.laps} laps of {self.sampler!r}'
