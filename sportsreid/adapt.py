@@ -191,7 +191,7 @@ class Adapted:
         kept = 'the new weights are kept' if self.gained else 'nothing was gained, so the old weights are kept'
         if self.gain is not None:
             low,high = (100*end for end in self.gain)
-            chance = '' if self.sure or not self.gained else ', which may be chance'
+            chance = ', which may be chance' if self.after['mAP']>self.before['mAP'] and not self.sure else ''
             went += f' ({low:+.1f} to {high:+.1f}{chance})'
         if min(self.before['mAP'], self.after['mAP'])>FULL:
             kept += '; nearly all were right before, so these crops tell little'
