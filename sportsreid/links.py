@@ -29,23 +29,24 @@ def pair_cosines(
     parts = [pairs[i:i+part].T for i in range(0, len(pairs), part)]
     return np.concatenate([np.einsum('nd,nd->n', ones[a], others[b]) for a,b in parts] or [np.zeros(0)])
 
-def _end_means(feats:Tensor, crops:pd.DataFrame, role:str)->tuple[ndarray,ndarray]:
+def _end_means(feats:Tensor, crops:pd.DataFrame, role:str, n:int)->tuple[ndarray,ndarray]:
     "(n,D) mean direction of each tracklet's crops of a role, and (n,) whether there are any"
     rows = np.flatnonzero(crops.role==role)
     pids = crops.pid.to_numpy()
-    sums = np.zeros((int(pids.max())+1, feats.shape[1]))
+    sums = np.zeros((n, feats.shape[1]))
     np.add.at(sums, pids[rows], unit_length(feats[rows]).numpy())
     length = np.linalg.norm(sums, axis=1, keepdims=True)
     return sums/np.maximum(length, 1e-9), np.isin(np.arange(len(sums)), pids[rows])
 
 def held_scores(
     feats:Tensor,        # (N,D) of the crops
-    crops:pd.DataFrame,  # crop table with held-out queries and gallery; pids are 0 to n-1
+    crops:pd.DataFrame,  # crop table with held-out queries and gallery
     together:ndarray,    # (P,2) pids seen in one frame
 )->tuple[ndarray,ndarray]:  # cosines of the two ends of a tracklet; of an end of one and the other end of another
     "What one player scores, and what two people score"
-    start,has_start = _end_means(feats, crops, 'query')
-    end,has_end = _end_means(feats, crops, 'gallery')
+    n = int(max(crops.pid.max(), together.max(initial=0)))+1  # some may have no crop in this table
+    start,has_start = _end_means(feats, crops, 'query', n)
+    end,has_end = _end_means(feats, crops, 'gallery', n)
     held = has_start & has_end
     pairs = together[held[together].all(1)]
     same = (start[held]*end[held]).sum(1)
@@ -54,7 +55,7 @@ def held_scores(
 # %% ../nbs/09ib_links.ipynb #held-gap
 def held_gap(
     feats:Tensor,        # (N,D) of the crops
-    crops:pd.DataFrame,  # crop table with held-out queries and gallery; pids are 0 to n-1
+    crops:pd.DataFrame,  # crop table with held-out queries and gallery
     together:ndarray,    # (P,2) pids seen in one frame
 )->float:  # -2 to 2; 0 if no two held-out tracklets were seen together
     "How far the cosines of one player lie above those of two"
