@@ -38,6 +38,7 @@ def _end_means(feats:Tensor, crops:pd.DataFrame, role:str, n:int)->tuple[ndarray
     length = np.linalg.norm(sums, axis=1, keepdims=True)
     return sums/np.maximum(length, 1e-9), np.isin(np.arange(len(sums)), pids[rows])
 
+# %% ../nbs/09ib_links.ipynb #held-scores-itself
 def held_scores(
     feats:Tensor,        # (N,D) of the crops
     crops:pd.DataFrame,  # crop table with held-out queries and gallery
