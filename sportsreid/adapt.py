@@ -16,7 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 from .actions import Laps
 from .baselines import image_feats
-from .checks import is_number
+from .checks import is_count, is_number
 from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
 from .data import fingerprint
 from .devices import pick_device
@@ -54,6 +54,17 @@ class Adapting:
     hold:float = .1           # share of a tracklet's crops that is held out at each end
     packs:str = 'data/packed' # folder for crops at the network's size; '': decode files each time
 
+    def __post_init__(self):
+        given = {k: v for k,v in asdict(self).items() if v is not None}
+        bad = [k for k in ('lr','temperature') if k in given and not (is_number(given[k]) and given[k]>0)]
+        bad += [k for k in ('steps','batch_size','K') if k in given and not is_count(given[k])]
+        if bad: raise ValueError(f'{bad[0]} is a number above 0, not {given[bad[0]]!r}')
+        if self.K<2 or self.batch_size<2*self.K: raise ValueError('K is 2 or more, and batch_size at least twice that')
+        if not 0<=self.ema<1: raise ValueError(f'ema is a decay from 0 to below 1, not {self.ema!r}')
+        make_augmentation(self.augmentation), make_optimizer(self.optimizer), make_schedule(self.schedule, 1)
+
+# %% ../nbs/09j_adapt.ipynb #start-rate
+FULL = .99   # mAP on held-out crops above which there is hardly anything to gain
 def start_rate(
     folder:Path,  # of the network
 )->float:
@@ -166,8 +177,6 @@ def steps_in(self:AdaptTask,
     return max(10, int(seconds/np.median(np.diff(times)[1:])))
 
 # %% ../nbs/09j_adapt.ipynb #adapted
-FULL = .99   # mAP on held-out crops above which there is hardly anything to gain
-
 @dataclass(frozen=True)
 class Adapted:
     "A run folder, and what adapting gained"
@@ -188,16 +197,16 @@ class Adapted:
 
     def __repr__(self):
         went = ' to '.join(f'{100*s["mAP"]:.1f}' for s in (self.before,self.after))
-        kept = 'the new weights are kept' if self.gained else 'nothing was gained, so the old weights are kept'
+        tie = 'players lie farther apart than before, so ' if self.after['mAP']==self.before['mAP'] else ''
+        kept = f'{tie}the new weights are kept' if self.gained else 'nothing was gained, so the old weights are kept'
         if self.gain is not None:
             low,high = (100*end for end in self.gain)
             chance = ', which may be chance' if self.after['mAP']>self.before['mAP'] and not self.sure else ''
             went += f' ({low:+.1f} to {high:+.1f}{chance})'
         if min(self.before['mAP'], self.after['mAP'])>FULL:
             kept += '; nearly all were right before, so these crops tell little'
-        if self.before['mAP']==self.after['mAP'] and self.gained: kept += ', but players lie farther apart than before'
         best = max(self.before['mAP'], self.after['mAP'])
-        told = '' if best>self.colours else ', not less than the network: use them, see colour_weight'
+        told = '' if best>=self.colours else ', more than the network: weigh them in (09jc_weigh)'
         return (f'mAP on held-out crops {went} in {self.steps} steps; {kept}; colours alone score '
                 f'{100*self.colours:.1f}{told}')
 

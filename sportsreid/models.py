@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pandas as pd, timm, torch
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
-from .colours import ColourStripes, beside
+from .colours import ColourStripes, beside, check_colours
 from .core import first_line, lazy_names
 from .osnet import OSNet
 
@@ -100,7 +100,7 @@ def make_spec(
     if drop_path: kwargs['drop_path_rate'] = drop_path
     if colours and options['neck']=='bnneck':
         raise ValueError('colours stand beside the neck fc or none; with bnneck the losses would not see them')
-    if colours: options['colours'] = float(colours)
+    if check_colours(colours): options['colours'] = float(colours)
     mean,std = (list(row.get(k, getattr(cfg, k))) for k in ('mean','std'))
     return dict(arch=arch, timm=row.get('timm'), kwargs=kwargs, num_pids=num_pids, size=size, mean=mean, std=std,
                 dim=row.get('dim'), last_stride=row.get('last_stride', 2), **options)

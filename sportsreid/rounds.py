@@ -82,10 +82,11 @@ class Rounds:
     def before(self)->dict: return self.rounds[0].before
 
     @property
-    def after(self)->dict: return max((r.after if r.gained else r.before for r in self.rounds), key=lambda s: s['mAP'])
+    def after(self)->dict:  # of the weights that are kept
+        return next((r.after for r in reversed(self.rounds) if r.gained), self.before)
 
     @property
-    def gained(self)->bool: return self.after['mAP']>self.before['mAP']
+    def gained(self)->bool: return any(r.gained for r in self.rounds)
 
     def __repr__(self):
         went = ', '.join(f'{100*r.after["mAP"]:.1f}{"" if r.gained else " (not kept)"}' for r in self.rounds)

@@ -6,16 +6,17 @@
 __all__ = ['with_colours']
 
 # %% ../nbs/04ba_start.ipynb #imports
+from .colours import check_colours
 from .models import ReIDModel, build
 
 # %% ../nbs/04ba_start.ipynb #with-colours
 def with_colours(
     model:ReIDModel,   # any
-    weight:float,      # of the colours; 0: none
+    weight:float,      # of the colours, 0 to 10; 0: none
 )->ReIDModel:  # a new network with the same weights, in the same mode
     "A network with a colour histogram beside it, or without"
     spec = {k: v for k,v in model.spec.items() if k!='colours'}
-    if weight: spec['colours'] = float(weight)
+    if check_colours(weight): spec['colours'] = float(weight)
     new = build(spec)
     new.load_state_dict(model.state_dict())
     return new.train(model.training)

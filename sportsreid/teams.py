@@ -71,7 +71,7 @@ def group_looks(
     "Put those together who look alike"
     N = len(feats)
     joins = linkage(feats, 'average')
-    height = np.r_[0, joins[:,2]]+FLOOR      # height[N-k]: of the join that left k groups
+    height = np.r_[0, joins[:,2], 2]+FLOOR   # height[N-k]: of the join that left k groups; nothing is farther than 2
     found = []
     for k in range(n, min(n+MORE, N-1)+1):
         groups = fcluster(joins, k, 'maxclust')

@@ -6,6 +6,7 @@
 __all__ = ['data', 'compare', 'adapt']
 
 # %% ../nbs/09e_tools.ipynb #imports
+import hashlib
 from pathlib import Path
 from fastcore.script import Param
 from .core import project_path, short_path
@@ -45,6 +46,18 @@ def compare(
     from sportsreid.compare import compare_runs
     return compare_runs(runs, split, data, out, device)
 
+# %% ../nbs/09e_tools.ipynb #adapt-parts
+def _check_adapting(minutes:float, rounds:int, seed:int)->None:
+    "Refuse numbers before crops are cut"
+    if rounds<1: raise ValueError(f'rounds is how many there are, 1 or more, not {rounds}')
+    if seed<0: raise ValueError(f'seed is a whole number of 0 or more, not {seed}')
+    if minutes<=0: raise ValueError(f'minutes is a time above 0, not {minutes}')
+
+def _crops_folder(folder:Path, frames:str, tracks:str, cuts:str)->Path:
+    "Where the crops of a run and its footage go, so that two runs of one name do not share them"
+    known = '|'.join(map(str, (folder, project_path(frames), project_path(tracks), cuts)))
+    return project_path('data/tracklets')/f'{folder.name}-{hashlib.sha256(known.encode()).hexdigest()[:8]}'
+
 # %% ../nbs/09e_tools.ipynb #adapt
 def adapt(
     frames:str,                 # folder of numbered frames, or a video
@@ -59,14 +72,14 @@ def adapt(
 )->Path:  # the run folder
     "Train a network further on footage that labels itself, and say what it gained"
     check_footage(frames, tracks)
-    if rounds<1: raise ValueError(f'rounds is how many there are, 1 or more, not {rounds}')
+    _check_adapting(minutes, rounds, seed)
     local_network(network)
     folder = project_path(run)
     check_writable(folder)
     from sportsreid.boxes_fit import open_boxes, parse_cuts  # brings torch from here on
     open_boxes(frames, tracks, parse_cuts(cuts))
     from sportsreid.own_footage import tracklets
-    found = tracklets(frames, project_path(tracks), project_path('data/tracklets')/folder.name, parse_cuts(cuts))
+    found = tracklets(frames, project_path(tracks), _crops_folder(folder, frames, tracks, cuts), parse_cuts(cuts))
     if rounds==1:
         from sportsreid.adapt import adapt as train_further
         done = train_further(network, found, folder, minutes, seed, device)
