@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NEVER', 'Adapting', 'start_rate', 'AdaptTask', 'Adapted', 'read_adapted', 'adapt_config', 'start_task',
-           'run_task', 'check_minutes', 'adapt']
+           'run_task', 'adapt']
 
 # %% ../nbs/09j_adapt.ipynb #imports
 import copy, hashlib, itertools, json, time
@@ -16,8 +16,9 @@ from numpy import ndarray
 from torch import Tensor
 from .actions import Laps
 from .baselines import image_feats
-from .checks import is_count, is_number
+from .checks import check_minutes, is_count, is_number
 from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
+from .record import finished_scores
 from .data import fingerprint
 from .devices import pick_device
 from .evaluate import Ranking
@@ -122,6 +123,13 @@ def learner(self:AdaptTask,
 
 # %% ../nbs/09j_adapt.ipynb #task-score
 @patch
+def held(self:AdaptTask,
+    model:ReIDModel,  # on the device
+)->Tensor:  # (N,D)
+    "Features of the held-out crops"
+    return extract_features(model, self.images(False), device=self.device)
+
+@patch
 def rank(self:AdaptTask,
     feats:Tensor,        # (N,D) of the held-out crops
     metric:str='cosine', # or 'euclidean'
@@ -131,35 +139,28 @@ def rank(self:AdaptTask,
     return rank_held(feats, self.table(False), pairs, metric)
 
 @patch
-def ranked(self:AdaptTask,
-    model:ReIDModel,  # on the device
-)->Ranking:
-    "Rank the held-out crops by a network"
-    feats = extract_features(model, self.images(False), device=self.device)
-    return self.rank(feats, model.spec['metric'])
-
-@patch
 def score(self:AdaptTask,
     model:ReIDModel,  # on the device
 )->dict[str,float]:  # mAP, rank-1, ... from 0 to 1
     "Scores on the held-out crops"
-    return self.ranked(model).scores()
+    return self.rank(self.held(model), model.spec['metric']).scores()
 
 # %% ../nbs/09j_adapt.ipynb #task-gain
 @patch
 def gain(self:AdaptTask,
-    model:ReIDModel,  # adapted, on the device
+    old:Tensor,  # (N,D) of the held-out crops, by the start weights
+    new:Tensor,  # the same, by an adapted network
 )->tuple[float,float]|None:  # ends of the interval, from -1 to 1; None: one query has none
     "By how much the mAP of a network differs from that of the start weights, if tracklets are drawn"
-    low,high = difference(self.ranked(self.model), self.ranked(model), by='pid').loc['mAP',['low','high']]
+    before,after = (self.rank(feats, self.model.spec['metric']) for feats in (old,new))
+    low,high = difference(before, after, by='pid').loc['mAP',['low','high']]
     return None if np.isnan(low) else (round(float(low), 6), round(float(high), 6))
 
 @patch
 def gap(self:AdaptTask,
-    model:ReIDModel,  # on the device
+    feats:Tensor,  # (N,D) of the held-out crops
 )->float:  # -2 to 2
     "How far the cosines of one held-out player lie above those of two"
-    feats = extract_features(model, self.images(False), device=self.device)
     return round(held_gap(feats, self.table(False), self.together), 6)
 
 # %% ../nbs/09j_adapt.ipynb #steps-in
@@ -215,9 +216,8 @@ def read_adapted(
     folder:Path,  # run folder
 )->Adapted|None:  # None: it is not finished
     "What adapting in a folder gained"
-    scores = read_scores(folder)
+    scores = finished_scores(folder, 'before', 'that was not adapted')
     if scores is None: return None
-    if 'before' not in scores: raise ValueError(f'{folder} holds a run that was not adapted; give another name')
     gain = scores.get('gain')
     return Adapted(folder, scores['before'], scores['after'], scores['colours'], read_config(folder)['steps'],
                    gain if gain is None else tuple(gain))
@@ -244,8 +244,8 @@ def _config(task:AdaptTask, network:Path, minutes:float, old:dict)->dict:
 def _finish(task:AdaptTask, folder:Path, before:dict, kept:dict, steps:int)->Adapted:
     "Keep the better weights, and write scores.json"
     (colours,) = image_feats(task.images(False), stripes8)
-    new = load_model(folder).to(task.device)
-    gain,before,kept = task.gain(new),{**before, 'gap': task.gap(task.model)},{**kept, 'gap': task.gap(new)}
+    old,new = (task.held(model) for model in (task.model, load_model(folder).to(task.device)))
+    gain,before,kept = task.gain(old, new),{**before, 'gap': task.gap(old)},{**kept, 'gap': task.gap(new)}
     done = Adapted(folder, before, kept, round(task.rank(colours).scores()['mAP'], 6), steps, gain)
     if not done.gained: save_model(folder, task.model)
     best = done.after if done.gained else before
@@ -294,12 +294,6 @@ def run_task(
     return done
 
 # %% ../nbs/09j_adapt.ipynb #adapt-call
-def check_minutes(
-    minutes:float,  # time for the training steps
-)->None:
-    "Refuse what is no time"
-    if not (is_number(minutes) and minutes>0): raise ValueError(f'minutes is a time above 0, not {minutes!r}')
-
 def adapt(
     source:str|Path,           # a run or hub folder, the name of shipped weights, or OWNER/NAME of the hub
     found:Tracklets,           # of your footage

@@ -7,12 +7,13 @@ __all__ = ['STRIPES', 'WEIGHTS', 'chance_ap', 'rank_by_chance', 'expected_chance
            'stripe_histograms', 'image_feats', 'untrained', 'baselines', 'baseline_table', 'fuse', 'choose_weight']
 
 # %% ../nbs/06e_baselines.ipynb #imports
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from collections.abc import Callable
 from pandas import DataFrame
 from torch import Tensor
 from .belong import check_images
 from .checks import is_number
+from .colours import beside, stripe_shares
 from .core import seeded
 from .evaluate import Ranking, action_blocks, check_column, rank_crops, rank_features, split_roles
 from .images import CropFiles, PackedCrops, load_batches
@@ -76,13 +77,7 @@ def stripe_histograms(
     n:int=6,     # stripes from head to foot
 )->Tensor:  # (B,64n) square roots of the shares of 64 colours in each stripe
     "Colour histograms of horizontal stripes"
-    B,_,H,W = ims.shape
-    r,g,b = (ims>>6).long().unbind(1)
-    stripe = torch.arange(H, device=ims.device)*n//H
-    code = (r*16+g*4+b) + 64*stripe[:,None]
-    code = code + 64*n*torch.arange(B, device=ims.device)[:,None,None]  # each crop has columns of its own
-    counts = code.flatten().bincount(minlength=B*n*64).view(B,n,64).float()
-    return (counts/counts.sum(2, keepdim=True).clamp(min=1)).sqrt().flatten(1)
+    return stripe_shares((ims>>6).long(), n)
 
 # %% ../nbs/06e_baselines.ipynb #image-feats
 def image_feats(
@@ -146,7 +141,7 @@ def fuse(
         raise ValueError(f'fuse takes (N,D) and (N,C) of the same crops, not {tuple(feats.shape)} and '
                          f'{tuple(colours.shape)}')
     if not (is_number(weight) and weight>=0): raise ValueError(f'weight is a number of 0 or more, not {weight!r}')
-    return torch.cat([F.normalize(feats), weight*F.normalize(colours)], dim=1)
+    return beside(feats, colours, weight)
 
 # %% ../nbs/06e_baselines.ipynb #choose-weight
 WEIGHTS = 0., .25, .5, 1., 1.5, 2., 3.  # of colours beside a network

@@ -6,12 +6,13 @@
 __all__ = ['EXPOSURE', 'TINT', 'CONTRAST', 'SHADOW', 'BLUR', 'NOISE', 'CROWD', 'OCCLUDED', 'CUT', 'JITTER', 'Camera',
            'random_camera', 'noise_tiles', 'random_window', 'draw_crowd', 'draw_line', 'draw_backdrop', 'blur',
            'shadow', 'develop', 'random_box', 'Actor', 'random_actor', 'random_neighbour', 'add_neighbours',
-           'draw_actor', 'draw_crop']
+           'draw_actor', 'Canvas', 'lay_out', 'draw_crop']
 
 # %% ../nbs/01g_camera.ipynb #imports
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFilter
@@ -270,6 +271,26 @@ def draw_actor(
     ImageDraw.Draw(image).ellipse(oval, fill=shade(camera.grass,.55))
     draw_person(image, actor.person, actor.pose, actor.view, (x,y), scale)
 
+# %% ../nbs/01g_camera.ipynb #canvas
+class Canvas(NamedTuple):
+    "Where a crop is drawn"
+    size:tuple          # width, height of the crop, in pixels
+    drawn:tuple         # of the drawing, up to twice as large
+    origin:np.ndarray   # (2,) pixel of the drawing: the ground between the feet
+    scale:float         # body height on the drawing, in pixels
+
+def lay_out(
+    box:np.ndarray,   # left, top, right, bottom, in body heights from the ground between the feet
+    scale:float,      # body height in the crop, in pixels
+    least:tuple,      # least width and height of the crop, in pixels
+    fine:float,       # height of a drawing that is large enough, in pixels
+)->Canvas:
+    "How large to draw a crop"
+    width,height = box[2:]-box[:2]
+    size = max(least[0], round(width*scale)), max(least[1], round(height*scale))
+    zoom = min(2, max(1.1, fine/size[1]))  # small crops are drawn larger, then shrunk: that softens the edges
+    return Canvas(size, tuple(round(n*zoom) for n in size), -box[:2]*scale*zoom, scale*zoom)
+
 # %% ../nbs/01g_camera.ipynb #draw-crop
 def draw_crop(
     rng:Generator,   # source of chance
@@ -281,11 +302,8 @@ def draw_crop(
     player = random_actor(rng, camera, person, (0,0))
     box = random_box(rng, player.pose, player.view)
     scale = float(np.clip(camera.scale*math.exp(rng.normal(0,.15)), 45, 370))
-    width,height = box[2:]-box[:2]
-    size = max(20, round(width*scale)), max(40, round(height*scale))
-    zoom = min(2, max(1.1, 300/size[1]))  # small crops are drawn larger, then shrunk: that softens the edges
-    origin = -box[:2]*scale*zoom
-    scale *= zoom
-    image = draw_backdrop(rng, camera, tuple(round(n*zoom) for n in size), scale)
-    for actor in add_neighbours(rng, camera, player, others, width): draw_actor(image, camera, actor, origin, scale)
-    return develop(rng, camera, image, size)
+    canvas = lay_out(box, scale, (20,40), 300)
+    image = draw_backdrop(rng, camera, canvas.drawn, canvas.scale)
+    for actor in add_neighbours(rng, camera, player, others, box[2]-box[0]):
+        draw_actor(image, camera, actor, canvas.origin, canvas.scale)
+    return develop(rng, camera, image, canvas.size)

@@ -185,6 +185,7 @@ def check_adapting(
 # %% ../nbs/05d_refusals.ipynb #check-follow
 def _check_follow(values:dict):
     "Refuse frames, tracks, cuts or a network that following cannot start with"
+    check_adapting(values)
     check_footage(values['frames'], values['tracks'], values['out'])
     local_network(values['network'])
     check_writable(project_path(values['out']))
@@ -202,7 +203,7 @@ def check_recipe(
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
     if program=='soup': return check_members(values['runs'])
-    if program=='follow': return check_adapting(values) or _check_follow(values)
+    if program=='follow': return _check_follow(values)
     check_file('checkpoint', values['checkpoint'])
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])

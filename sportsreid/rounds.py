@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 from numpy import ndarray
-from .adapt import Adapted, Adapting, AdaptTask, adapt_config, check_minutes
+from .adapt import Adapted, Adapting, AdaptTask, adapt_config
 from .adapt import read_adapted, run_task, start_task
-from .checks import is_count
-from .core import counted, open_run, project_path, read_scores, write_whole
+from .checks import check_minutes, is_count
+from .core import counted, open_run, project_path, write_whole
 from .features import extract_features
 from .hub import find_network
 from .links import LinkedBatches, Linking, Links, safe_links
 from .own_footage import SomeCrops, Tracklets
+from .record import finished_scores
 from .weights import load_model, save_model
 
 # %% ../nbs/09ja_rounds.ipynb #task
@@ -92,16 +93,14 @@ class Rounds:
         went = ', '.join(f'{100*r.after["mAP"]:.1f}{"" if r.gained else " (not kept)"}' for r in self.rounds)
         links = f', with {", ".join(map(str, self.joins))} links' if self.joins else ''
         return (f'mAP on held-out crops {100*self.before["mAP"]:.1f}, after {counted(len(self.rounds), "round")}{links}: '
-                f'{went}; '
-                f'ended because {self.why}')
+                f'{went}; ended because {self.why}')
 
 def read_rounds(
     folder:Path,  # run folder
 )->Rounds|None:  # None: it is not finished
     "What rounds in a folder gained"
-    scores = read_scores(folder)
+    scores = finished_scores(folder, 'rounds', 'without rounds')
     if scores is None: return None
-    if 'rounds' not in scores: raise ValueError(f'{folder} holds a run without rounds; give another name')
     rounds = [read_adapted(folder/name) for name in scores['rounds']]
     return Rounds(folder, rounds, scores['joins'], scores['ended'])
 

@@ -13,7 +13,8 @@ from dataclasses import astuple, replace
 import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFilter
-from .camera import Actor, Camera, develop, draw_actor, draw_backdrop, draw_crowd, random_box, random_camera
+from .camera import Actor, Camera, develop, draw_actor, draw_backdrop, draw_crowd, lay_out
+from .camera import random_box, random_camera
 from .cast import HAIRS, SKINS, Appearance, random_look, vary_colour
 from .figure import Build, Pose, View, choose, random_pose
 from .person import BLACK, HAIR_STYLES, PATTERNS, WHITE, Kit, Look, Person
@@ -243,23 +244,20 @@ def draw_sports_crop(
     "Draw one crop"
     box = loose_box(rng, player.pose, player.view)
     scale = float(np.clip(camera.scale*math.exp(rng.normal(0,.12)), 40, 370))
-    width,height = box[2:]-box[:2]
-    size = max(16, round(width*scale)), max(36, round(height*scale))
-    zoom = min(2, max(1.1, 260/size[1]))  # small crops are drawn larger, then shrunk: that softens the edges
-    origin = -box[:2]*scale*zoom
+    canvas = lay_out(box, scale, (16,36), 260)
     around = default_rng(place)
-    image = draw_backdrop(around, replace(camera, crowd=None), tuple(round(n*zoom) for n in size), scale*zoom)
-    if around.random()<.7: draw_court(around, image, colours, scale*zoom)
-    if camera.crowd is not None: draw_crowd(around, image, camera, scale*zoom)
+    image = draw_backdrop(around, replace(camera, crowd=None), canvas.drawn, canvas.scale)
+    if around.random()<.7: draw_court(around, image, colours, canvas.scale)
+    if camera.crowd is not None: draw_crowd(around, image, camera, canvas.scale)
     scene = [player]
     for nearer,share in ((-1,.45), (1,.22)):
         if not others or around.random()>share: continue
-        aside = choose(around, [-1,1])*around.uniform(.3,1)*width+rng.normal(0,.05)
+        aside = choose(around, [-1,1])*around.uniform(.3,1)*(box[2]-box[0])+rng.normal(0,.05)
         view = View(rng.uniform(0, 2*math.pi), camera.pitch, camera.light)
         other = Actor(choose(around, others), any_pose(rng), view, (aside, nearer*around.uniform(.02,.25)))
         scene = [other,*scene] if nearer<0 else [*scene,other]
-    for actor in scene: draw_actor(image, camera, actor, origin, scale*zoom)
-    return develop_video(rng, camera, image, size)
+    for actor in scene: draw_actor(image, camera, actor, canvas.origin, canvas.scale)
+    return develop_video(rng, camera, image, canvas.size)
 
 # %% ../nbs/01ga_sports.ipynb #film
 def film_sports(

@@ -9,6 +9,7 @@ __all__ = ['data', 'compare', 'adapt']
 import hashlib
 from pathlib import Path
 from fastcore.script import Param
+from .checks import check_minutes
 from .core import project_path, short_path
 from .networks import local_network
 from .refusals import check_footage, check_writable
@@ -51,7 +52,7 @@ def _check_adapting(minutes:float, rounds:int, seed:int)->None:
     "Refuse numbers before crops are cut"
     if rounds<1: raise ValueError(f'rounds is how many there are, 1 or more, not {rounds}')
     if seed<0: raise ValueError(f'seed is a whole number of 0 or more, not {seed}')
-    if minutes<=0: raise ValueError(f'minutes is a time above 0, not {minutes}')
+    check_minutes(minutes)
 
 def _crops_folder(folder:Path, frames:str, tracks:str, cuts:str)->Path:
     "Where the crops of a run and its footage go, so that two runs of one name do not share them"
@@ -77,9 +78,9 @@ def adapt(
     folder = project_path(run)
     check_writable(folder)
     from sportsreid.boxes_fit import open_boxes, parse_cuts  # brings torch from here on
-    open_boxes(frames, tracks, parse_cuts(cuts))
+    rows,_ = open_boxes(frames, tracks, parse_cuts(cuts))
     from sportsreid.own_footage import tracklets
-    found = tracklets(frames, project_path(tracks), _crops_folder(folder, frames, tracks, cuts), parse_cuts(cuts))
+    found = tracklets(frames, rows, _crops_folder(folder, frames, tracks, cuts), parse_cuts(cuts))
     if rounds==1:
         from sportsreid.adapt import adapt as train_further
         done = train_further(network, found, folder, minutes, seed, device)
