@@ -16,7 +16,7 @@ from .adapt import read_adapted, run_task, start_task
 from .checks import check_minutes, is_count
 from .core import counted, open_run, project_path, read_config, write_whole
 from .features import extract_features
-from .hub import network_folder, open_network
+from .hub import network_folder
 from .links import LinkedBatches, Linking, Links, safe_links
 from .own_footage import SomeCrops, Tracklets
 from .record import finished_scores
@@ -102,6 +102,7 @@ class Rounds:
         return (f'mAP on held-out crops {100*self.before["mAP"]:.1f}, after {counted(len(self.rounds), "round")}{links}: '
                 f'{went}; ended because {self.why}')
 
+# %% ../nbs/09ja_rounds.ipynb #read-rounds
 def read_rounds(
     folder:Path,  # run folder
 )->Rounds|None:  # None: it is not finished
@@ -110,6 +111,25 @@ def read_rounds(
     if scores is None: return None
     rounds = [read_adapted(folder/name) for name in scores['rounds']]
     return Rounds(folder, rounds, scores['joins'], scores['ended'])
+
+def _write_rounds(done:Rounds):
+    "Keep the weights of the last round, and write scores.json"
+    folder = done.folder
+    save_model(folder, load_model(done.rounds[-1].folder))
+    scores = dict(valid=done.after, before=done.before, after=done.after, colours=done.rounds[0].colours,
+                  rounds=[r.folder.name for r in done.rounds], joins=done.joins, ended=done.why)
+    with write_whole(folder/'scores.json') as tmp: tmp.write_text(json.dumps(scores, indent=1))
+
+# %% ../nbs/09ja_rounds.ipynb #open-rounds
+def _open_rounds(folder:Path, config:dict, **notes):
+    "Make the folder, or open one that was asked for as many rounds or fewer"
+    there,rounds = read_config(folder).get('rounds', config['rounds']),config['rounds']
+    if is_count(there) and there>rounds:
+        raise ValueError(f'{folder} was asked for {there} rounds; ask for as many or more, or give another run')
+    open_run(folder, {**config, 'rounds': there}, **notes)
+    if there==rounds: return
+    with write_whole(folder/'config.json') as tmp:
+        tmp.write_text(json.dumps({**read_config(folder), 'rounds': rounds}, indent=1))
 
 # %% ../nbs/09ja_rounds.ipynb #rounds
 @dataclass(frozen=True)
@@ -134,25 +154,6 @@ def _go_round(task:AdaptTask, folder:Path, rounds:int, how:Rounding)->tuple[list
         if why: return done, joins, why
         joins.append(now.joins)
         task,before = LinkedTask(**vars(base), players=now.players), now
-
-# %% ../nbs/09ja_rounds.ipynb #open-rounds
-def _open_rounds(folder:Path, config:dict, **notes):
-    "Make the folder, or open one that was asked for as many rounds or fewer"
-    there,rounds = read_config(folder).get('rounds', config['rounds']),config['rounds']
-    if is_count(there) and there>rounds:
-        raise ValueError(f'{folder} was asked for {there} rounds; ask for as many or more, or give another run')
-    open_run(folder, {**config, 'rounds': there}, **notes)
-    if there==rounds: return
-    with write_whole(folder/'config.json') as tmp:
-        tmp.write_text(json.dumps({**read_config(folder), 'rounds': rounds}, indent=1))
-
-def _write_rounds(done:Rounds):
-    "Keep the weights of the last round, and write scores.json"
-    folder = done.folder
-    save_model(folder, load_model(done.rounds[-1].folder))
-    scores = dict(valid=done.after, before=done.before, after=done.after, colours=done.rounds[0].colours,
-                  rounds=[r.folder.name for r in done.rounds], joins=done.joins, ended=done.why)
-    with write_whole(folder/'scores.json') as tmp: tmp.write_text(json.dumps(scores, indent=1))
 
 # %% ../nbs/09ja_rounds.ipynb #adapt-rounds
 def adapt_rounds(
