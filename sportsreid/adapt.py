@@ -24,7 +24,7 @@ from .data import fingerprint
 from .devices import pick_device
 from .evaluate import Ranking
 from .features import extract_features
-from .hub import network_folder, open_network
+from .hub import network_folder, network_name, open_network
 from .images import CropFiles, PackedCrops, open_crops
 from .intervals import difference
 from .learner import EMA, Learner, StopAtCollapse
@@ -304,8 +304,8 @@ def adapt(
     check_minutes(minutes)
     with network_folder(source) as network: task,found = start_task(network, found, seed, device, how)
     if read_scores(project_path(run)) is None: print(found)
-    named = task.model.spec['arch'] if isinstance(source, ReIDModel) else str(source)
-    return run_task(task, project_path(run), minutes, source=named, left_out=found.left_out)
+    notes = dict(source=network_name(source), left_out=found.left_out)
+    return run_task(task, project_path(run), minutes, **notes)
 
 # %% ../nbs/09j_adapt.ipynb #lent
 __getattr__ = lazy_names(__name__, colour_weight='weigh', tracklets='own_footage',

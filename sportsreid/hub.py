@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USE', 'HUB_FILES', 'reid_config', 'model_card', 'write_hub_folder', 'open_network', 'push_to_hub', 'from_pretrained',
-           'find_network', 'network_folder']
+           'find_network', 'network_folder', 'network_name']
 
 # %% ../nbs/09b_hub.ipynb #imports
 import json, tempfile
@@ -206,3 +206,9 @@ def network_folder(
         yield find_network(source)
         return
     with tempfile.TemporaryDirectory() as made: yield save_model(Path(made)/'network', source)
+
+def network_name(
+    source:str|Path|ReIDModel,  # as for `network_folder`
+)->str:
+    "What to call a network in the record of a run"
+    return source.spec['arch'] if isinstance(source, ReIDModel) else str(source)

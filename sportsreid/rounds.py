@@ -16,7 +16,7 @@ from .adapt import read_adapted, run_task, start_task
 from .checks import check_minutes, is_count
 from .core import counted, open_run, project_path, read_config, write_whole
 from .features import extract_features
-from .hub import network_folder
+from .hub import network_folder, network_name
 from .links import LinkedBatches, Linking, Links, safe_links
 from .own_footage import SomeCrops, Tracklets
 from .record import finished_scores
@@ -171,7 +171,7 @@ def adapt_rounds(
     folder = project_path(run)
     with network_folder(source) as network: task,pure = start_task(network, found, seed, device, how.adapting)
     config = {**adapt_config(task), 'rounds': rounds, 'minutes': how.minutes, 'linking': asdict(how.linking)}
-    _open_rounds(folder, config, source=str(source), crops=len(task.crops), left_out=pure.left_out)
+    _open_rounds(folder, config, source=network_name(source), crops=len(task.crops), left_out=pure.left_out)
     done = read_rounds(folder)
     if done is None or (done.could_go_on and len(done.rounds)<rounds):
         print(pure, flush=True)
