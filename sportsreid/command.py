@@ -209,7 +209,7 @@ def run_command(
         raise ValueError(f'{command} needs one process; start it without torchrun or accelerate launch')
     COMMANDS[command](list(rest))
 
-# %% ../nbs/05f_command.ipynb #main
+# %% ../nbs/05f_command.ipynb #interrupted
 def interrupted(
     command:str='',  # the first word of a command line
     *rest:str,       # the others
@@ -220,6 +220,7 @@ def interrupted(
         return f'{name} was interrupted before its results were written; start the same command again'
     return f'{name} was interrupted; what it had finished is kept, and the same command goes on from there'
 
+# %% ../nbs/05f_command.ipynb #main
 def main(
     words:list[str]|None=None,  # command line; None: the program's own
 )->None:
