@@ -12,9 +12,18 @@ from fastcore.script import Param
 from .checks import check_minutes
 from .core import project_path, short_path, write_whole
 from .networks import local_network
-from .refusals import check_footage, check_writable
+from .refusals import check_footage, check_new, check_writable
 
 # %% ../nbs/09e_tools.ipynb #data
+def _refuse_damaged(tables:dict)->None:
+    "Decode every image once; a ValueError counts and names those that are damaged"
+    import pandas as pd
+    from sportsreid.damage import list_faults, look_at_crops  # brings torch
+    crops = pd.concat([t[['path']] for t in tables.values()]).drop_duplicates(ignore_index=True)
+    looked = look_at_crops(crops)
+    if (looked.fault!='').any():
+        raise ValueError(f'{list_faults(crops, looked, 20)}\nfetch them again, or leave them out with --drop_bad')
+
 def data(
     folder:str,          # folder or .csv file
     layout:str='auto',   # soccernet, folders, teams, csv, mot, mot(seconds=10), market or synergy; auto: recognised
@@ -34,6 +43,7 @@ def data(
                     queries=role.get('query', 0), gallery=role.get('gallery', 0))
     print(f'{folder}: layout {found}')
     print(pd.DataFrame({s: count(crops) for s,crops in tables.items()}).T.to_string())
+    _refuse_damaged(tables)
 
 # %% ../nbs/09e_tools.ipynb #compare
 def compare(
@@ -42,8 +52,10 @@ def compare(
     data:str='',             # folder or .csv file; none: the first run's own
     out:str='compare.html',  # the report
     device:str='',           # cuda, mps or cpu; none: the best there is
+    overwrite:bool=False,    # replace the report if it is there
 )->Path:  # the report
     "Set runs side by side: settings, curves, differences, queries that changed"
+    check_new(out, overwrite)
     from sportsreid.compare import compare_runs
     return compare_runs(runs, split, data, out, device)
 
