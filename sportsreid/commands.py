@@ -20,7 +20,7 @@ from .networks import local_network, shipped_folder
 from .parameters import SETTINGS
 from .recipes import find_run
 from .refusals import check_data, check_new, check_writable, choose_layout
-from .tools import adapt, compare, data
+from .tools import adapt, compare, data, teams
 
 # %% ../nbs/09ea_commands.ipynb #file
 KIND = 'sportsreid features'
@@ -266,7 +266,7 @@ def calibrate(
 
 # %% ../nbs/09ea_commands.ipynb #run-tool
 TOOLS:dict[str,Callable] = dict(embed=embed, match=match, export=export, calibrate=calibrate,
-                                compare=compare, data=data, adapt=adapt)
+                                compare=compare, data=data, adapt=adapt, teams=teams)
 
 def run_tool(
     command:str,       # a name in `TOOLS`

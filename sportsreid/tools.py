@@ -106,14 +106,14 @@ def teams(
     n:int=2,               # how many teams
     out:str='teams.csv',   # to write; the picture beside it has the same name and ends in .jpg
     cuts:str='',           # first frame of each shot but the first, with commas between; none; '': found
+    overwrite:bool=False,  # replace table and picture if they are there
 )->Path:  # the table
     "Say which ids of a tracker play for the same team, by the colours of their kits"
     check_footage(frames, tracks)
     if n<1: raise ValueError(f'n is how many teams there are, 1 or more, not {n}')
     table = project_path(out)
     if table.suffix!='.csv': raise ValueError(f'{out} is to be a table; give a name that ends in .csv')
-    there = [p for p in (table, table.with_suffix('.jpg')) if p.exists()]
-    if there: raise ValueError(f'{short_path(there[0])} is there already; give another --out, or delete it')
+    for name in (out, str(table.with_suffix('.jpg'))): check_new(name, overwrite)
     check_writable(table.parent)
     found = _footage(table.with_suffix(''), frames, tracks, cuts)
     from sportsreid.teams import id_teams, show_teams, tracklet_teams
