@@ -93,7 +93,8 @@ class Rounds:
     def gained(self)->bool: return any(r.gained for r in self.rounds)
 
     @property
-    def could_go_on(self)->bool: return self.why==ASKED.format(len(self.rounds))  # if more rounds were asked for
+    def could_go_on(self)->bool:  # if more rounds were asked for
+        return self.why==ASKED.format(len(self.rounds))
 
     def __repr__(self):
         if len(self.rounds)==1 and self.could_go_on: return repr(self.rounds[0])

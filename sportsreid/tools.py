@@ -121,6 +121,7 @@ def teams(
     rows = id_teams(found, sides)
     with write_whole(table) as tmp: rows.to_csv(tmp, index=False)
     with write_whole(table.with_suffix('.jpg')) as tmp: show_teams(found, sides).savefig(tmp, format='jpg')
-    for (group,kind),part in rows.groupby(['group','kind']): print(f'group {group} ({kind}): ids {", ".join(map(str, part.id))}')
+    for (group,kind),part in rows.groupby(['group','kind']):
+        print(f'group {group} ({kind}): ids {", ".join(map(str, part.id))}')
     print(f'table: {short_path(table)}; look at {short_path(table.with_suffix(".jpg"))}')
     return table
