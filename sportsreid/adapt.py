@@ -17,7 +17,7 @@ from torch import Tensor
 from .actions import Laps
 from .baselines import image_feats
 from .calibrate import network_print
-from .checks import check_minutes, is_count, is_number
+from .checks import check_kind, check_minutes, is_count, is_number
 from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
 from .record import finished_scores
 from .data import fingerprint
@@ -269,6 +269,8 @@ def start_task(
     how:Adapting,      # settings
 )->tuple[AdaptTask,Tracklets]:  # and the tracklets that show one person each
     "Open a network and crops, leave mixed tracklets out, and hold some crops out of the training"
+    check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
+    check_kind(how, Adapting, 'how', 'Adapting(steps=200), for instance')
     model = open_network(network)
     lr = start_rate(network) if how.lr is None else how.lr
     device = pick_device(device)
@@ -311,8 +313,7 @@ def adapt(
     check_minutes(minutes)
     with network_folder(source) as network: task,found = start_task(network, found, seed, device, how)
     if read_scores(project_path(run)) is None: print(found)
-    notes = dict(source=network_name(source), left_out=found.left_out)
-    return run_task(task, project_path(run), minutes, **notes)
+    return run_task(task, project_path(run), minutes, source=network_name(source), left_out=found.left_out)
 
 # %% ../nbs/09j_adapt.ipynb #lent
 __getattr__ = lazy_names(__name__, colour_weight='weigh', tracklets='own_footage',

@@ -8,7 +8,8 @@ __all__ = ['OUTSIDE', 'parse_cuts', 'check_cuts', 'check_fit', 'check_frames', '
 # %% ../nbs/01maa_boxes_fit.ipynb #imports
 from contextlib import closing
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd
+from .checks import check_kind
 from .core import counted, project_path
 from .cut import check_length, read_frames
 from .tracks import check_mot, read_mot
@@ -28,6 +29,7 @@ def check_cuts(
     frames:pd.Series,  # of the boxes
 )->list[int]:  # the same; ValueError if one divides nothing
     "Make sure that cuts lie between the frames"
+    check_kind(cuts, (list,tuple,np.ndarray), 'cuts', 'a list of frame numbers')
     bad = [c for c in cuts if not frames.min()<c<=frames.max()]
     if bad:
         raise ValueError(f'cut {bad[0]} divides nothing: boxes are in frames {frames.min()} to {frames.max()}, and a '
@@ -71,6 +73,7 @@ def open_boxes(
     cuts:list[int]|None=None,      # first frame of each shot but the first; None: not known
 )->tuple[pd.DataFrame,tuple[int,int]]:  # boxes, and width and height of a frame; ValueError or FileNotFoundError
     "Read boxes, and make sure that frames and cuts fit them"
+    check_kind(tracks, (str,Path,pd.DataFrame), 'tracks', 'a file of MOTChallenge, or a table as read_mot gives it')
     rows = check_mot(tracks, 'tracks') if isinstance(tracks, pd.DataFrame) else read_mot(project_path(tracks))
     if cuts is not None: check_cuts(cuts, rows.frame)
     size = check_frames(source, rows.frame.unique().tolist())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from numpy import ndarray
-from .checks import is_number
+from .checks import as_numbers, is_number
 from .core import counted
 from .linkage import Groups, Join, best_rival, confidence_of, join_groups
 from .tracklets import number_tracklets, out_of_reach, seen_together, shot_of, tracklet_features
@@ -25,7 +25,7 @@ def check_feats(
 )->tuple[ndarray,ndarray]:  # both as arrays; ValueError says what is wrong
     "Check that features belong to rows"
     every = sample is None
-    feats,sample = np.asarray(feats, np.float32),np.arange(n) if every else np.asarray(sample, np.int64)
+    feats,sample = as_numbers(feats, np.float32),np.arange(n) if every else np.asarray(sample, np.int64)
     if feats.ndim!=2 or len(feats)!=len(sample):
         raise ValueError(f'{len(sample)} rows{"" if every else " of sample"} need as many features (N,D), not an array '
                          f'of {feats.shape}; name the rows that were embedded with sample=')

@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor, tensor
 from .baselines import image_feats
 from .boxes_fit import open_boxes
-from .checks import is_count, is_number
+from .checks import check_kind, is_count, is_number
 from .core import counted, project_path
 from .cut import cut_crops
 from .data import check_crops
@@ -199,6 +199,8 @@ def tracklets(
     limits:Limits=Limits(),        # which boxes are left out
 )->Tracklets:  # ValueError or FileNotFoundError, in one sentence, if there is nothing to learn from
     "Make a crop table that labels itself"
+    check_kind(limits, Limits, 'limits', 'Limits(least=40), for instance')
+    check_kind(frames, (str,Path), 'frames', 'a folder of frames or a video')
     frames = project_path(frames)
     rows,size = _open_rows(frames, tracks, cuts)
     if cuts is None: cuts = find_cuts(frames, rows.frame.unique().tolist())

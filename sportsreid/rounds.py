@@ -13,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 from .adapt import Adapted, Adapting, AdaptTask, adapt_config
 from .adapt import read_adapted, run_task, start_task
-from .checks import check_minutes, is_count
+from .checks import check_kind, check_minutes, is_count
 from .core import counted, open_run, project_path, read_config, write_whole
 from .features import extract_features
 from .hub import network_folder, network_name
@@ -168,6 +168,7 @@ def adapt_rounds(
 )->Rounds:  # ValueError, FileNotFoundError or OSError says what is wrong
     "Adapt a network in rounds that learn from links across cuts; continues where an earlier call stopped"
     if not is_count(rounds): raise ValueError(f'rounds is how many there are at most, 1 or more, not {rounds!r}')
+    check_kind(how, Rounding, 'how', 'Rounding(minutes=1), for instance')
     check_minutes(how.minutes)
     folder = project_path(run)
     with network_folder(source) as network: task,pure = start_task(network, found, seed, device, how.adapting)

@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
 from torch import Tensor
 from .baselines import image_feats
-from .checks import is_count
+from .checks import as_numbers, check_kind, is_count
 from .images import CropFiles, load_batches
 from .own_footage import LOOK, Tracklets
 
@@ -110,7 +110,7 @@ UNSURE = .15   # scores below this
 def _check_teams(features:ndarray|Tensor, n:int)->ndarray:
     "(N,D) features of length one; ValueError if they cannot be put into n teams"
     if not is_count(n): raise ValueError(f'n is the number of teams, 1 or more, not {n!r}')
-    feats = np.asarray(features, float)
+    feats = as_numbers(features)
     if feats.ndim!=2: raise ValueError(f'Features are (N,D), a row for each player, not {feats.shape}')
     if len(feats)<2*n+1: raise ValueError(f'{len(feats)} players are too few for {n} teams; give {2*n+1} or more')
     bad = ~np.isfinite(feats).all(1) | ~feats.any(1)
@@ -164,6 +164,7 @@ def tracklet_teams(
     n:int=2,          # how many teams
 )->pd.DataFrame:  # from `teams`, a row for each pid
     "Which team each tracklet plays for, by the colours of its crops"
+    check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     means = pd.DataFrame(kit_colours(found.crops).numpy()).groupby(found.crops.pid.to_numpy()).mean()
     return teams(means.to_numpy(), n).set_index(means.index.rename('pid'))
 
