@@ -56,7 +56,7 @@ def open_footage(
 )->Footage:  # a ValueError, FileNotFoundError or OSError says what is wrong
     "Read tracks and cuts of a match, or draw a match"
     cuts,out = parse_cuts(values['cuts']),project_path(values['out'])
-    check_footage(values['frames'], values['tracks'], values['out'])
+    check_footage(*(values[name] for name in ('frames','tracks','out','cuts')))
     if values['frames']:
         source = project_path(values['frames'])
         rows,_ = open_boxes(source, values['tracks'], cuts)

@@ -90,8 +90,9 @@ def check_same(
     unlike = [f'{k}: {old.get(k)!r} there, {config.get(k)!r} now' for k in names if old.get(k)!=config.get(k)]
     if not old or (unlike and not has_begun(folder)): return False
     if not unlike: return True
-    raise ValueError(f'{folder} holds a run with other parameters ({"; ".join(unlike)}); '
-                     'give this run another name or delete that folder')
+    data = all(line.startswith(('fingerprint:','labels:')) for line in unlike)
+    what = 'on other data or footage' if data else f'with other parameters ({"; ".join(unlike)})'
+    raise ValueError(f'{folder} holds a run {what}; give this run another name or delete that folder')
 
 # %% ../nbs/00aa_record.ipynb #open-run
 def open_run(

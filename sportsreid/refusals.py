@@ -82,7 +82,11 @@ def choose_data(
 )->tuple[Path|None,str]:  # the folder, None for the simulated broadcast; why this one
     "Choose the data folder"
     from sportsreid.own import find_own  # brings pandas
-    noted = read_config(run).get('notes', {}).get('data') if run and not data else None
+    config = read_config(run) if run and not data else {}
+    noted = config.get('notes', {}).get('data')
+    if config.get('adapted') and not noted:
+        raise ValueError(f'{run} learned from footage and has no crop table of its own; name one with --data FOLDER. '
+                         'What it gained on held-out crops is in its scores.json')
     if not noted: return find_own(data, layout)
     if Path(noted).exists(): return Path(noted), f'the data of {Path(run).name}'
     raise FileNotFoundError(f'{run} was trained on {noted}, which is gone; give its folder with -p data FOLDER')
@@ -165,11 +169,13 @@ def check_footage(
     frames:str,         # folder or video; '': none
     tracks:str,         # file; '': none
     out:str='',         # folder of the results
+    cuts:str='',        # first frames of shots
 )->None:  # a ValueError or FileNotFoundError says what is missing
     "Make sure that frames and tracks are there, or that both are left out, and that no result takes their place"
     if bool(frames)!=bool(tracks):
         lacks = 'tracks' if frames else 'frames'
         raise ValueError(f'frames and tracks belong together, and {lacks} is not given; leave out both to draw a match')
+    if cuts and not frames: raise ValueError('cuts belong to frames; give frames and tracks, too')
     check_file('folder of frames or video', frames)
     check_file('file of tracks', tracks)
     if tracks and out and project_path(tracks).resolve() in [(project_path(out)/name).resolve() for name in RESULTS]:
@@ -197,7 +203,7 @@ def check_adapting(
 def _check_follow(values:dict):
     "Refuse frames, tracks, cuts or a network that following cannot start with"
     check_adapting(values)
-    check_footage(values['frames'], values['tracks'], values['out'])
+    check_footage(values['frames'], values['tracks'], values['out'], values['cuts'])
     local_network(values['network'])
     check_writable(project_path(values['out']))
     if values['frames']: check_boxes(values['frames'], values['tracks'], values['cuts'])
