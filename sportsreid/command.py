@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'COMMANDS', 'results_folder', 'notebook_path', 'run_one', 'plan_runs', 'visible_gpus', 'run_several',
            'child_environment', 'child_words', 'run_process', 'train_runs', 'train', 'run_recipe', 'sweep',
-           'run_command', 'main']
+           'run_command', 'interrupted', 'main']
 
 # %% ../nbs/05f_command.ipynb #imports
 import glob, os, queue, subprocess, sys
@@ -17,7 +17,7 @@ from .lines import nearest
 from .options import LATER, PROGRAMS, help_text, options_text, read_options, run_later
 from .parameters import SETTINGS
 from .core import project_path, results_path, this_rank
-from .headless import PARENT, end_with_parent, run_notebook, sigterm_is_ctrl_c
+from .headless import PARENT, end_with_parent, run_notebook, sigterm_is_ctrl_c, told
 from .recipes import Resolved, recipe_path, resolve, show
 from .refusals import check_names, check_recipe, check_train, check_writable
 
@@ -49,10 +49,12 @@ def run_one(
     folder:Path,      # of the results
     notebook:str='',  # where the executed notebook goes; '': beside the results
 )->None:
-    "Run a program"
+    "Run a program, and print its tables"
     final = notebook_path(notebook, folder, program)
     done = run_notebook(recipe_path(program), final, given, folder)
-    if this_rank()[0]==0: print(f'executed notebook: {done}')
+    if this_rank()[0]: return
+    for table in told(done): print(table)
+    print(f'executed notebook: {done}')
 
 # %% ../nbs/05f_command.ipynb #plan-runs
 def plan_runs(
@@ -208,23 +210,37 @@ def run_command(
     COMMANDS[command](list(rest))
 
 # %% ../nbs/05f_command.ipynb #main
+def interrupted(
+    command:str='',  # the first word of a command line
+    *rest:str,       # the others
+)->str:
+    "What an interrupted command leaves, and how to go on, where nobody knows better"
+    name = f'sportsreid_run {command}'.strip()
+    if command in LATER and command!='adapt':
+        return f'{name} was interrupted before its results were written; start the same command again'
+    return f'{name} was interrupted; what it had finished is kept, and the same command goes on from there'
+
 def main(
     words:list[str]|None=None,  # command line; None: the program's own
 )->None:
     "sportsreid_run COMMAND --OPTION VALUE ..."
     end_with_parent()
+    words = sys.argv[1:] if words is None else words
     try:
-        with sigterm_is_ctrl_c(): run_command(*(sys.argv[1:] if words is None else words))
+        with sigterm_is_ctrl_c(): run_command(*words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         sys.exit(1)
-    except KeyboardInterrupt: sys.exit('sportsreid_run was interrupted; the same command goes on from what is done')
+    except KeyboardInterrupt as e:
+        print(e if e.args else interrupted(*words), file=sys.stderr, flush=True)
+        sys.exit(130)  # 128 and the number of Ctrl-C's signal, as shells count
     except (ValueError,OSError) as e:
+        said = f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.filename else str(e)
         if this_rank()[1]>1:
             from sportsreid.hosts import refuse_to_join  # imports torch
-            refuse_to_join(str(e))
-        sys.exit(f'sportsreid_run: {e}')
+            refuse_to_join(said)
+        sys.exit(f'sportsreid_run: {said}')
     except ModuleNotFoundError as e:
         sys.exit(f"sportsreid_run: {e.name} is not installed; pip install 'sportsreid[train]' brings it")
 

@@ -96,10 +96,10 @@ def join_all(
     "Join inside each shot, then across"
     joins,known = [],groups.weights>0
     for shot in np.unique(shots):
-        groups.open[:] = (shots==shot) & known
+        groups.start((shots==shot) & known)
         joins += join_groups(groups, threshold)
     inside = len(joins)
-    groups.open[:] = (groups.members==np.arange(len(shots))) & known
+    groups.start((groups.members==np.arange(len(shots))) & known)
     return (joins+join_groups(groups, threshold) if across else joins), inside
 
 # %% ../nbs/09fb_follow.ipynb #sure

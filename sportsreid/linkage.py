@@ -8,6 +8,7 @@ __all__ = ['SOFT', 'Groups', 'Join', 'join_two', 'join_groups', 'confidence_of',
 # %% ../nbs/09fa_linkage.ipynb #imports
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
 from numpy import ndarray
 
 # %% ../nbs/09fa_linkage.ipynb #groups
@@ -21,19 +22,41 @@ class Groups:
         self.means = np.array(feats, np.float64)
         self.weights = np.array(weights, np.float64)
         self.members = np.arange(len(feats))      # number of each tracklet's group
-        self.open = np.ones(len(feats), bool)     # whether a group may still be joined
         self.apart = [set() for _ in feats]       # groups that each group is never joined to
         for a,b in np.asarray(apart).reshape(-1,2).tolist():
             self.apart[a].add(b)
             self.apart[b].add(a)
+        self.start(np.ones(len(feats), bool))
 
-    def nearest(self, i:int)->tuple[int,float]:  # its number, and the mean cosine; -inf if there is none
-        "The open group that looks most like group i and may be joined to it"
-        scores = self.means@self.means[i]
-        scores[~self.open] = -np.inf
-        scores[[i,*self.apart[i]]] = -np.inf
-        j = int(scores.argmax())
-        return j, float(scores[j])
+    def start(self,
+        open:ndarray,  # (n,) bool
+    ):
+        "Say which groups may be joined"
+        self.open = open.copy()
+        self._gather()
+
+    def _gather(self):
+        "Put the open groups side by side"
+        self.rows = np.flatnonzero(self.open)
+        self.place = np.full(len(self.open), -1)  # of each group in `rows`
+        self.place[self.rows] = np.arange(len(self.rows))
+        self.near = self.means[self.rows]
+
+# %% ../nbs/09fa_linkage.ipynb #nearest
+@patch
+def nearest(self:Groups,
+    i:int,  # an open group
+)->tuple[int,float]:  # its number, and the mean cosine; -inf if there is none
+    "The open group that looks most like group i and may be joined to it"
+    here = self.open[self.rows]
+    if 2*here.sum()<len(here):
+        self._gather()
+        here = self.open[self.rows]
+    scores = np.where(here, self.near@self.means[i], -np.inf)
+    never = self.place[[i,*self.apart[i]]]
+    scores[never[never>=0]] = -np.inf
+    best = int(scores.argmax())
+    return int(self.rows[best]), float(scores[best])
 
 # %% ../nbs/09fa_linkage.ipynb #join-two
 @dataclass(frozen=True, eq=False)
@@ -53,6 +76,7 @@ def join_two(
     total = groups.weights[i]+groups.weights[j]
     groups.means[i] = (groups.weights[i]*groups.means[i]+groups.weights[j]*groups.means[j])/total
     groups.weights[i] = total
+    groups.near[groups.place[i]] = groups.means[i]
     groups.members[groups.members==j] = i
     groups.open[j] = False
     groups.apart[i] |= groups.apart[j]

@@ -83,6 +83,7 @@ def make_spec(
     size:tuple[int,int]|None=None,  # input height and width, in pixels; None: the architecture's own
     drop_path:float=0.,             # share of a residual network's paths that a training step leaves out
     colours:float=0.,               # weight of a colour histogram beside the network; 0: none
+    mirror:bool=False,              # whether a feature is the mean of a crop's and of its mirror image's
     **options:str,                  # neck, pool, fit, metric: see `OPTIONS`
 )->dict:  # JSON types only
     "Say how a network is built and fed"
@@ -101,6 +102,7 @@ def make_spec(
     if colours and options['neck']=='bnneck':
         raise ValueError('colours stand beside the neck fc or none; with bnneck the losses would not see them')
     if check_colours(colours): options['colours'] = float(colours)
+    if mirror: options['mirror'] = True
     mean,std = (list(row.get(k, getattr(cfg, k))) for k in ('mean','std'))
     return dict(arch=arch, timm=row.get('timm'), kwargs=kwargs, num_pids=num_pids, size=size, mean=mean, std=std,
                 dim=row.get('dim'), last_stride=row.get('last_stride', 2), **options)
@@ -220,6 +222,7 @@ class ReIDModel(nn.Module):
     def forward(self, ims:Tensor, with_logits:bool=False)->Tensor|Output:  # (N,dim), or what losses take
         pooled = self.pooled(ims)
         feats = own = self.fc(pooled)
+        if self.spec.get('mirror') and not with_logits: feats = own = (own+self.fc(self.pooled(ims.flip(-1))))/2
         if self.colours is not None: feats = beside(own, self.colours(ims), self.spec['colours'])
         if not with_logits: return feats
         return Output(pooled if self.spec['neck']=='bnneck' else feats, self.classifier and self.classifier(own))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEEDED', 'YES_NO', 'KINDS', 'SPLITS', 'LAYOUTS', 'RUN', 'NETWORK', 'BATCHES', 'STEPS', 'MACHINE', 'METHOD', 'TRAIN',
            'SHARED', 'EVALUATE', 'SOUP', 'FOLLOW', 'SETTINGS', 'WRITTEN', 'MOVED', 'PLAIN', 'Setting', 'as_kind',
-           'check_value', 'in_interval', 'read_size', 'parse_size', 'read_splits', 'read_layout', 'read_device',
-           'check_settings', 'given_settings', 'all_settings']
+           'check_value', 'in_interval', 'interval_words', 'read_size', 'parse_size', 'read_splits', 'read_layout',
+           'read_device', 'check_settings', 'given_settings', 'all_settings']
 
 # %% ../nbs/05d_parameters.ipynb #imports
 import re
@@ -66,9 +66,10 @@ def check_value(
         words = ' or '.join(word or "''" for word in allowed)
         raise ValueError(f'{name} is {words}, not {value!r}{nearest(value, allowed)}')
     if setting.kind in (int,float) and not in_interval(value, allowed):
-        raise ValueError(f'{name} lies in {allowed}, and {value} does not')
+        raise ValueError(f'{name} is {interval_words(allowed)}, not {value}')
     return value
 
+# %% ../nbs/05d_parameters.ipynb #interval
 def in_interval(
     value:float,    # a number
     interval:str,   # e.g. [0,1) for 0 ≤ value < 1
@@ -78,6 +79,17 @@ def in_interval(
     above = value>=low if interval[0]=='[' else value>low
     below = value<=high if interval[-1]==']' else value<high
     return above and below
+
+def interval_words(
+    interval:str,   # e.g. [0,1)
+)->str:  # e.g. 0 or more and below 1
+    "An interval as people say it"
+    low,high = interval[1:-1].split(',')
+    if interval[0]+interval[-1]=='[]': return f'from {low} to {high}'
+    least = f'{low} or more' if interval[0]=='[' else f'above {low}'
+    if high=='inf': return least
+    return f'{least} and {"at most" if interval[-1]=="]" else "below"} {high}'
+
 
 # %% ../nbs/05d_parameters.ipynb #size
 def read_size(
