@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .core import first_line, progress
 from .images import CropFiles, PackedCrops, load_batches, normalise
-from .models import ReIDModel
+from .models import ReIDModel, mean_feature
 
 # %% ../nbs/04c_features.ipynb #check-pixels
 def check_pixels(
@@ -40,8 +40,7 @@ def embed_batch(
     ims = normalise(ims, spec['mean'], spec['std'])
     views = (ims, ims.flip(3)) if flip else (ims,)
     with torch.autocast(ims.device.type, torch.bfloat16, enabled=bf16): feats = [model(x).float() for x in views]
-    if flip and spec['metric']=='cosine': feats = [F.normalize(f) for f in feats]
-    return torch.stack(feats).mean(0).cpu()
+    return (mean_feature(feats, spec['metric']) if flip else feats[0]).cpu()
 
 # %% ../nbs/04c_features.ipynb #in-memory
 def halve_until_fits(

@@ -26,7 +26,7 @@ def _unsaid(spec:dict)->str:
     "What of a network Roboflow's format cannot say; '' where it can"
     if spec['neck']!='none': return f'neck {spec["neck"]!r}: its networks end at the pooled features (train with neck none)'
     if spec.get('colours'): return 'colours: its networks have no histogram beside them'
-    if spec.get('mirror'): return 'mirror: its networks look at a crop once'
+    if spec.get('flip'): return 'flip: its networks look at a crop once'
     if spec['pool']: return f'pool {spec["pool"]!r}: it pools as timm does'
     if spec['fit']=='pad': return "fit 'pad': its letterbox puts a crop into the corner, ours into the middle"
     if spec['last_stride']==1: return 'last_stride 1: it leaves the last stage as timm has it'

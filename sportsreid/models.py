@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'OPTIONS', 'TOWERS', 'Published', 'check_options', 'make_spec', 'GeM', 'pool_positions', 'pool_backbone',
-           'make_neck', 'Output', 'ReIDModel', 'make_backbone', 'build', 'arch_table', 'tower_table']
+           'make_neck', 'mean_feature', 'Output', 'ReIDModel', 'make_backbone', 'build', 'arch_table', 'tower_table']
 
 # %% ../nbs/04_models.ipynb #imports
 import difflib, re
 from typing import NamedTuple
-import pandas as pd, timm, torch
+import pandas as pd, timm, torch, torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from .colours import ColourStripes, beside, check_colours
@@ -83,7 +83,7 @@ def make_spec(
     size:tuple[int,int]|None=None,  # input height and width, in pixels; None: the architecture's own
     drop_path:float=0.,             # share of a residual network's paths that a training step leaves out
     colours:float=0.,               # weight of a colour histogram beside the network; 0: none
-    mirror:bool=False,              # whether a feature is the mean of a crop's and of its mirror image's
+    flip:bool=False,                # whether a feature is the mean over a crop and its mirror image
     **options:str,                  # neck, pool, fit, metric: see `OPTIONS`
 )->dict:  # JSON types only
     "Say how a network is built and fed"
@@ -102,7 +102,7 @@ def make_spec(
     if colours and options['neck']=='bnneck':
         raise ValueError('colours stand beside the neck fc or none; with bnneck the losses would not see them')
     if check_colours(colours): options['colours'] = float(colours)
-    if mirror: options['mirror'] = True
+    if flip: options['flip'] = True
     mean,std = (list(row.get(k, getattr(cfg, k))) for k in ('mean','std'))
     return dict(arch=arch, timm=row.get('timm'), kwargs=kwargs, num_pids=num_pids, size=size, mean=mean, std=std,
                 dim=row.get('dim'), last_stride=row.get('last_stride', 2), **options)
@@ -187,6 +187,15 @@ def make_neck(
     norm.bias.requires_grad_(False)
     return nn.Sequential(norm)
 
+# %% ../nbs/04_models.ipynb #mean-feature
+def mean_feature(
+    views:list[Tensor],  # (N,D) features of N crops, seen in several ways
+    metric:str,          # by which they are compared: euclidean or cosine
+)->Tensor:  # (N,D)
+    "One feature for each crop"
+    if metric=='cosine': views = [F.normalize(view) for view in views]
+    return torch.stack(views).mean(0)
+
 # %% ../nbs/04_models.ipynb #output
 class Output(NamedTuple):
     "What losses take from a network"
@@ -222,7 +231,9 @@ class ReIDModel(nn.Module):
     def forward(self, ims:Tensor, with_logits:bool=False)->Tensor|Output:  # (N,dim), or what losses take
         pooled = self.pooled(ims)
         feats = own = self.fc(pooled)
-        if self.spec.get('mirror') and not with_logits: feats = own = (own+self.fc(self.pooled(ims.flip(-1))))/2
+        if self.spec.get('flip') and not with_logits:
+            turned = self.fc(self.pooled(ims.flip(-1)))
+            feats = own = mean_feature([own,turned], self.spec['metric'])
         if self.colours is not None: feats = beside(own, self.colours(ims), self.spec['colours'])
         if not with_logits: return feats
         return Output(pooled if self.spec['neck']=='bnneck' else feats, self.classifier and self.classifier(own))

@@ -46,7 +46,7 @@ RULES:dict[str,tuple[str,Callable]] = dict(
     last_stride = ('1 or 2', lambda v: is_number(v, 1, 2, int)))
 MORE:dict[str,tuple[str,Callable]] = dict(  # what only some specs have
     colours = ('how much colours count, above 0 to 10', lambda v: is_number(v, 1e-6, 10)),
-    mirror = ('true', lambda v: v is True))
+    flip = ('true', lambda v: v is True))
 
 # %% ../nbs/04ab_spec.ipynb #kwargs-faults
 def _kwargs_faults(spec:dict)->list[str]:

@@ -92,7 +92,7 @@ def _spread(crops, n):
     rows = np.linspace(0, len(crops)-1, min(n, len(crops))).astype(int)
     return crops.iloc[np.unique(rows)].reset_index(drop=True)
 
-# %% ../nbs/07b_sweep.ipynb #open-sweep-itself
+# %% ../nbs/07b_sweep.ipynb #members-data
 def _read_members_data(values, config):
     "The data folder, the crop tables to score on, and some of the crops that the members were trained on"
     root,_ = open_data(values['data'], config['folder'], values['layout'])
@@ -106,6 +106,7 @@ def _read_members_data(values, config):
         print('NOTE: BatchNorm is measured on other crops than the members were trained on')
     return root, tables, _spread(train, values['bn_crops'])
 
+# %% ../nbs/07b_sweep.ipynb #open-sweep-itself
 def open_sweep(
     values:dict,  # every setting of `parameters.SOUP`
 )->Sweep:  # a ValueError, FileNotFoundError or OSError says what is wrong and what to do
