@@ -16,6 +16,7 @@ from numpy import ndarray
 from torch import Tensor
 from .actions import Laps
 from .baselines import image_feats
+from .calibrate import network_print
 from .checks import check_minutes, is_count, is_number
 from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
 from .record import finished_scores
@@ -23,7 +24,7 @@ from .data import fingerprint
 from .devices import pick_device
 from .evaluate import Ranking
 from .features import extract_features
-from .hub import find_network
+from .hub import network_folder, network_name, open_network
 from .images import CropFiles, PackedCrops, open_crops
 from .intervals import difference
 from .learner import EMA, Learner, StopAtCollapse
@@ -31,7 +32,6 @@ from .links import held_gap
 from .make import make_augmentation, make_optimizer, make_sampler, make_schedule
 from .models import ReIDModel
 from .own_footage import SomeCrops, Tracklets
-from .recipes import file_hash
 from .seen import SeenInfoNCE, SeenPairs, class_pairs, hold_out, rank_held
 from .split import pure_part, stripes8
 from .train import TrainBatches, train
@@ -227,19 +227,18 @@ NEVER = 10**9  # epochs between two validations, so that the end of a run has th
 
 def adapt_config(
     task:AdaptTask,  # what to do
-    network:Path,    # folder of the task's weights
 )->dict:  # JSON types
     "All that decides the result, but for the time"
     labels = hashlib.sha256()
     for part in task.labels(): labels.update(np.ascontiguousarray(part, np.int64).tobytes())
-    known = dict(weights=file_hash(network), fingerprint=fingerprint(task.crops), labels=labels.hexdigest()[:12])
+    known = dict(weights=network_print(task.model), fingerprint=fingerprint(task.crops), labels=labels.hexdigest()[:12])
     decided = {k: v for k,v in asdict(task.how).items() if k!='packs'}
     return {**decided, **known, 'lr': task.lr, 'seed': task.seed, 'adapted': True}
 
-def _config(task:AdaptTask, network:Path, minutes:float, old:dict)->dict:
+def _config(task:AdaptTask, minutes:float, old:dict)->dict:
     "All that decides the result"
     steps = task.how.steps or old.get('steps') or task.steps_in(60*minutes)
-    return {**adapt_config(task, network), 'minutes': minutes, 'steps': steps}
+    return {**adapt_config(task), 'minutes': minutes, 'steps': steps}
 
 def _finish(task:AdaptTask, folder:Path, before:dict, kept:dict, steps:int)->Adapted:
     "Keep the better weights, and write scores.json"
@@ -256,15 +255,14 @@ def _finish(task:AdaptTask, folder:Path, before:dict, kept:dict, steps:int)->Ada
 
 # %% ../nbs/09j_adapt.ipynb #adapt
 def start_task(
-    source:str|Path,   # of the network
+    network:Path,      # its folder
     found:Tracklets,   # of your footage
     seed:int,          # of order and augmentation
     device:str,        # such as cuda or cpu; '': the best there is
     how:Adapting,      # settings
 )->tuple[AdaptTask,Tracklets]:  # and the tracklets that show one person each
     "Open a network and crops, leave mixed tracklets out, and hold some crops out of the training"
-    network = find_network(source)
-    model = load_model(network)
+    model = open_network(network)
     lr = start_rate(network) if how.lr is None else how.lr
     device = pick_device(device)
     images = open_crops(found.crops, model.spec['size'], how.packs, fit=model.spec['fit'])
@@ -275,12 +273,11 @@ def start_task(
 def run_task(
     task:AdaptTask,   # what to do
     folder:Path,      # run folder to make, or to continue
-    network:Path,     # folder of the task's weights
     minutes:float,    # time for the training steps
     **notes,          # what else to keep in config.json
 )->Adapted:
     "Take the steps, and keep the better weights"
-    config = _config(task, network, minutes, read_config(folder))
+    config = _config(task, minutes, read_config(folder))
     open_run(folder, config, crops=len(task.crops), **notes)
     done = read_adapted(folder)
     if done is None:
@@ -295,7 +292,7 @@ def run_task(
 
 # %% ../nbs/09j_adapt.ipynb #adapt-call
 def adapt(
-    source:str|Path,           # a run or hub folder, the name of shipped weights, or OWNER/NAME of the hub
+    source:str|Path|ReIDModel, # a run or hub folder, the name of shipped weights, OWNER/NAME of the hub, or a network
     found:Tracklets,           # of your footage
     run:str|Path,              # run folder to make, or to continue
     minutes:float=1.,          # time for the training steps
@@ -305,9 +302,10 @@ def adapt(
 )->Adapted:  # ValueError, FileNotFoundError or OSError says what is wrong
     "Train a network further on footage that labels itself; continues where an earlier call stopped"
     check_minutes(minutes)
-    task,found = start_task(source, found, seed, device, how)
+    with network_folder(source) as network: task,found = start_task(network, found, seed, device, how)
     if read_scores(project_path(run)) is None: print(found)
-    return run_task(task, project_path(run), find_network(source), minutes, source=str(source), left_out=found.left_out)
+    notes = dict(source=network_name(source), left_out=found.left_out)
+    return run_task(task, project_path(run), minutes, **notes)
 
 # %% ../nbs/09j_adapt.ipynb #lent
 __getattr__ = lazy_names(__name__, colour_weight='weigh', tracklets='own_footage',

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'COMMANDS', 'results_folder', 'notebook_path', 'run_one', 'plan_runs', 'visible_gpus', 'run_several',
            'child_environment', 'child_words', 'run_process', 'train_runs', 'train', 'run_recipe', 'sweep',
-           'run_command', 'interrupted', 'main']
+           'run_command', 'interrupted', 'note_warning', 'main']
 
 # %% ../nbs/05f_command.ipynb #imports
-import glob, os, queue, subprocess, sys
+import glob, os, queue, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -209,7 +209,7 @@ def run_command(
         raise ValueError(f'{command} needs one process; start it without torchrun or accelerate launch')
     COMMANDS[command](list(rest))
 
-# %% ../nbs/05f_command.ipynb #main
+# %% ../nbs/05f_command.ipynb #interrupted
 def interrupted(
     command:str='',  # the first word of a command line
     *rest:str,       # the others
@@ -220,6 +220,15 @@ def interrupted(
         return f'{name} was interrupted before its results were written; start the same command again'
     return f'{name} was interrupted; what it had finished is kept, and the same command goes on from there'
 
+# %% ../nbs/05f_command.ipynb #note-warning
+def note_warning(
+    message:Warning,  # what is said
+    *where,           # kind, file and line, which say nothing to whoever typed a command
+)->None:
+    "Print a warning as a note"
+    print(f'NOTE: {message}', file=sys.stderr, flush=True)
+
+# %% ../nbs/05f_command.ipynb #main
 def main(
     words:list[str]|None=None,  # command line; None: the program's own
 )->None:
@@ -227,7 +236,9 @@ def main(
     end_with_parent()
     words = sys.argv[1:] if words is None else words
     try:
-        with sigterm_is_ctrl_c(): run_command(*words)
+        with sigterm_is_ctrl_c(), warnings.catch_warnings():
+            warnings.showwarning = note_warning
+            run_command(*words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends

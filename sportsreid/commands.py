@@ -19,8 +19,8 @@ from .files import list_images
 from .networks import local_network, shipped_folder
 from .parameters import SETTINGS
 from .recipes import find_run
-from .refusals import check_data, check_writable, choose_layout
-from .tools import adapt, compare, data
+from .refusals import check_data, check_new, check_writable, choose_layout
+from .tools import adapt, compare, data, teams
 
 # %% ../nbs/09ea_commands.ipynb #file
 KIND = 'sportsreid features'
@@ -62,6 +62,7 @@ def images_below(
 )->list[str]:  # absolute paths in order; a FileNotFoundError if there are none
     "The images below a folder"
     folder = project_path(folder)
+    if folder.is_file(): raise NotADirectoryError(f'{folder} is a file; give the folder of the images, if only of one')
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}')
     from sportsreid.layouts import note_others, other_images  # brings pandas
     found = [f'{folder.as_posix()}/{name}' for name in list_images(folder)]
@@ -82,7 +83,7 @@ def sound_images(
     if bad.any(): print(f'NOTE: left out, since {list_faults(table, looked, 20)}', flush=True)
     return table.path[~bad].tolist()
 
-# %% ../nbs/09ea_commands.ipynb #embed-itself
+# %% ../nbs/09ea_commands.ipynb #embed-files
 def embed_files(
     embedder,         # `Embedder`
     paths:list[str],  # of images
@@ -91,6 +92,7 @@ def embed_files(
     try: return embedder(paths)
     except ValueError as e: raise ValueError(f'{e}; sportsreid_run embed --drop_bad leaves such images out') from e
 
+# %% ../nbs/09ea_commands.ipynb #embed-itself
 def embed(
     folder:str,          # of images, at any depth
     model:str='sports',  # a run or hub folder, the name of shipped weights, or OWNER/NAME on the hub
@@ -98,9 +100,11 @@ def embed(
     device:str='',       # such as cuda or cpu; none: the best there is
     engine:str='auto',   # torch, onnx, or auto
     drop_bad:bool=False, # leave out images that are damaged, and say which
+    overwrite:bool=False,# replace the file if it is there
 )->Path:  # the file
     "Write the features of every image below a folder"
     if not out.endswith('.safetensors'): raise ValueError(f'--out is a file that ends in .safetensors, not {out}')
+    check_new(out, overwrite)
     paths = images_below(folder)
     local_network(model)
     check_writable(project_path(out).parent)
@@ -175,9 +179,11 @@ def match(
     k:int=3,                 # candidates for each query
     rate:float=None,         # false-match rate whose threshold is taken: 0.1, 0.01 or 0.001; none: 0.01 where known
     one_to_one:bool=False,   # nobody in the gallery is taken twice
+    overwrite:bool=False,    # replace the table if it is there
 )->Path|None:  # the file
     "Say who in a gallery each query is, or nobody"
     check_match((query,gallery), out, k, rate)
+    if out: check_new(out, overwrite)
     sides = _Sides(model, (query,gallery))
     name,calibration = sides.model(), sides.calibration()
     if rate is not None and calibration is None:
@@ -260,7 +266,7 @@ def calibrate(
 
 # %% ../nbs/09ea_commands.ipynb #run-tool
 TOOLS:dict[str,Callable] = dict(embed=embed, match=match, export=export, calibrate=calibrate,
-                                compare=compare, data=data, adapt=adapt)
+                                compare=compare, data=data, adapt=adapt, teams=teams)
 
 def run_tool(
     command:str,       # a name in `TOOLS`

@@ -99,8 +99,12 @@ def write_whole(
         with tmp.open('rb') as f: os.fsync(f.fileno())  # the data before the name, or a power cut keeps an empty file
         os.replace(tmp, path)
     except OSError as e:
-        e.filename = e.filename or str(path)  # a full disk does not say which file
-        raise
+        if not e.errno or e.filename not in (None, str(tmp)): raise
+        raise OSError(e.errno, e.strerror, str(path)) from e  # the file that is meant, whatever was being written
+    except Exception as e:
+        number = re.search(r'os error (\d+)', str(e)) if type(e).__name__=='SafetensorError' else None
+        if not number: raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e  # safetensors' own kind of error
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00a_core.ipynb #check-disk

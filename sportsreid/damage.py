@@ -58,7 +58,7 @@ def list_faults(
 )->str:  # a line for each fault, and their number
     "Name the damaged crops"
     bad = (looked.fault!='').to_numpy().nonzero()[0]
-    lines = [f'row {i}, {crops.path.iloc[i]}: {looked.fault.iloc[i]}' for i in bad[:most]]
+    lines = [f'{crops.path.iloc[i]}: {looked.fault.iloc[i]}' for i in bad[:most]]
     if len(bad)>most: lines.append(f'and {len(bad)-most} more')
     return f'{len(bad)} of {len(crops)} crops cannot be used:\n' + '\n'.join(lines)
 

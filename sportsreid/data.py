@@ -24,11 +24,12 @@ SPLITS = 'train', 'valid', 'test', 'challenge'
 # %% ../nbs/01_data.ipynb #name-rows
 def name_rows(
     bad:pd.Series,  # True where a row is wrong
-)->str:  # e.g. 'row 3' or 'rows 3, 17, 20 and 5 more'
+)->str:  # e.g. 'row 3' or 'rows 3, 17, 20 and 5 more'; lines where the table's index is called line
     "Say which rows of a table are meant"
-    rows = list(map(str, np.flatnonzero(bad)))
-    more = f' and {len(rows)-3} more' if len(rows)>3 else ''
-    return f'row{"s" if len(rows)>1 else ""} {", ".join(rows[:3])}{more}'
+    of_file = getattr(getattr(bad, 'index', None), 'name', None)=='line'  # as an editor counts, see `record_lines`
+    rows = list(map(str, bad.index[bad] if of_file else np.flatnonzero(bad)))
+    many = f'{"line" if of_file else "row"}{"s" if len(rows)>1 else ""} {", ".join(rows[:3])}'
+    return many if len(rows)<=3 else f'{many} and {len(rows)-3} more'
 
 # %% ../nbs/01_data.ipynb #as-ints
 def _as_ints(crops:pd.DataFrame, col:str)->pd.Series:
@@ -106,16 +107,15 @@ def check_crops(
 )->pd.DataFrame:  # a copy with a fresh index and one type for each column; ValueError if the table is wrong
     "Check a crop table and say in plain words what is wrong with it"
     _check_columns(crops)
-    crops = crops.reset_index(drop=True)
+    if crops.index.name!='line': crops = crops.reset_index(drop=True)
     ints = {c: _as_ints(crops, c) for c in INTS if c in crops}
-    texts = {c: crops[c].astype(object).fillna('').astype(str) for c in TEXTS if c in crops}
-    crops = crops.assign(**ints, **texts)
+    crops = crops.assign(**ints, **{c: crops[c].astype(object).fillna('').astype(str) for c in TEXTS if c in crops})
     _check_rows(crops)
     _check_matches(crops)
     _note_lasting(crops)
-    if not deep: return crops
+    if not deep: return crops.reset_index(drop=True)
     from sportsreid.damage import check_files  # of a later page, which needs torch
-    return check_files(crops, n_workers)
+    return check_files(crops.reset_index(drop=True), n_workers)
 
 # %% ../nbs/01_data.ipynb #number-distractors
 def number_distractors(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'OTHER_KINDS', 'walk_folders', 'path_keys', 'one_form', 'list_images', 'name_kind', 'check_image',
-           'file_stats', 'files_digest', 'content_digests']
+           'file_stats', 'files_digest', 'content_digests', 'record_lines']
 
 # %% ../nbs/00f_files.ipynb #imports
-import hashlib, math, os, re, struct, unicodedata, zlib
+import csv, hashlib, math, os, re, struct, unicodedata, zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -164,3 +164,17 @@ def content_digests(
 )->pd.Series:  # 64 hexadecimal digits for each, equal for equal bytes
     "What tells whether files hold the same bytes"
     return pd.Series([_content(*file) for file in stats.itertuples(index=False)], stats.index, dtype=object)
+
+# %% ../nbs/00f_files.ipynb #record-lines
+def record_lines(
+    file:str|Path,   # CSV, or rows of MOTChallenge
+    headings:int=0,  # records before the first row
+)->pd.Index:  # called line: where each row begins, from 1
+    "Lines of a file in which rows begin; empty lines begin none"
+    lines,before = [],0
+    with open(file, newline='', encoding='utf-8-sig', errors='replace') as f:
+        reader = csv.reader(f)
+        for record in reader:
+            if len(record)>1 or ''.join(record).strip(): lines.append(before+1)
+            before = reader.line_num
+    return pd.Index(lines[headings:], name='line')

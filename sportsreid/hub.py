@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['USE', 'HUB_FILES', 'reid_config', 'model_card', 'write_hub_folder', 'open_network', 'push_to_hub', 'from_pretrained',
-           'find_network']
+           'find_network', 'network_folder', 'network_name']
 
 # %% ../nbs/09b_hub.ipynb #imports
-import json
+import json, tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 import yaml
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,7 @@ from .osnet import OSNet
 from .resize import weight_faults
 from .spec import checked_spec, read_json
 from .calibrate import network_print, read_thresholds, write_thresholds
-from .weights import load_model
+from .weights import load_model, save_model
 
 # %% ../nbs/09b_hub.ipynb #reid-config
 def _unsaid(spec:dict)->str:
@@ -194,3 +196,19 @@ def find_network(
 )->Path:  # its folder; an error says what there is
     "The folder of a network"
     return local_network(source) or from_pretrained(str(source))
+
+@contextmanager
+def network_folder(
+    source:str|Path|ReIDModel,  # as for `find_network`, or a network in memory
+)->Iterator[Path]:  # its folder; that of a network in memory is there for a while only
+    "A folder for a network"
+    if not isinstance(source, ReIDModel):
+        yield find_network(source)
+        return
+    with tempfile.TemporaryDirectory() as made: yield save_model(Path(made)/'network', source)
+
+def network_name(
+    source:str|Path|ReIDModel,  # as for `network_folder`
+)->str:
+    "What to call a network in the record of a run"
+    return source.spec['arch'] if isinstance(source, ReIDModel) else str(source)

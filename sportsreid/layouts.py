@@ -7,10 +7,10 @@ __all__ = ['OF_SPLITS', 'note_twins', 'other_images', 'note_others', 'read_folde
 
 # %% ../nbs/01i_layouts.ipynb #imports
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from .core import counted, first_line, note_once, project_path
-from .data import check_crops
-from .files import SPLIT_NAMES, content_digests, file_stats, list_images, walk_folders
+from .data import check_crops, name_rows
+from .files import SPLIT_NAMES, content_digests, file_stats, list_images, record_lines, walk_folders
 
 # %% ../nbs/01i_layouts.ipynb #twice
 def note_twins(
@@ -85,7 +85,8 @@ def _read_csv(file:Path)->pd.DataFrame:
     if len(table.columns)==1 and {';','\t'} & set(table.columns[0]):
         raise ValueError(f'{file} does not separate its columns with commas; its first line is {table.columns[0]!r}; '
                          'save it as CSV with commas')
-    return table
+    lines = record_lines(file, 1)
+    return table.set_axis(lines) if len(lines)==len(table) else table
 
 # %% ../nbs/01i_layouts.ipynb #read-table
 def read_rows(
@@ -104,7 +105,7 @@ def read_rows(
                          f'its columns are {", ".join(map(str, table.columns))}')
     if not len(table): raise ValueError(f'{where} has no rows; give a row for each crop')
     bad = table[['path','pid']].isna().any(axis=1)
-    if bad.any(): raise ValueError(f'{where} lacks a path or a pid in row {int(np.flatnonzero(bad)[0])} (from 0)')
+    if bad.any(): raise ValueError(f'{where} lacks a path or a pid in {name_rows(bad)}')
     crops = table.assign(path=[(project_path(root)/p).as_posix() for p in table.path.astype(str)])
     if not pd.api.types.is_numeric_dtype(crops.pid):
         names = crops.pid.astype(str)

@@ -141,10 +141,11 @@ def world_batches(
 
 # %% ../nbs/10c_network_costs.ipynb #loop
 def run_loop(
-    folder:str,   # for a simulated broadcast
-    line:str,     # augmentation: a name in PRESETS, or a sum
-    actions:int,  # of the broadcast
-    epochs:int,   # that are measured
+    folder:str,      # for a simulated broadcast
+    line:str,        # augmentation: a name in PRESETS, or a sum
+    actions:int,     # of the broadcast
+    epochs:int,      # that are measured
+    repeats:int=80,  # times that the step is repeated
 )->Iterator[dict|None]:  # alone: seconds of a repeated step; step: of a step in the loop; steps: how many
     "Train `tiny`, and repeat one of its steps alone"
     keep_memory()
@@ -154,7 +155,7 @@ def run_loop(
     run = open_run(tempfile.mkdtemp(), {})
     train(tempfile.mkdtemp(), make(), batches, 1)  # warm
     batch = next(batches.load(0, batches.plan(0)))
-    alone = repeat_step(make(), batch, 10, 80)
+    alone = repeat_step(make(), batch, 10, repeats)
     yield
     train(run, learner, batches, epochs)
     yield dict(alone=alone, step=learner.spent/learner.taken, steps=learner.taken)

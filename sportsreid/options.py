@@ -65,6 +65,7 @@ LATER = dict(
     export    = ('write ONNX graphs of a network', 'sportsreid_run export runs/tiny-s1'),
     calibrate = ("measure a network's thresholds", 'sportsreid_run calibrate runs/tiny-s1'),
     adapt     = ('train a network further on your footage, without a label', 'sportsreid_run adapt match.mp4 tracks.txt'),
+    teams     = ('say which ids of a tracker wear the same kit', 'sportsreid_run teams match.mp4 tracks.txt'),
     compare   = ('set runs side by side', 'sportsreid_run compare runs/tiny-s1 runs/mine-s1'),
     data      = ('say what is in a folder of crops, or what is wrong', 'sportsreid_run data crops'))
 

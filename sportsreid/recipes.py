@@ -15,6 +15,7 @@ from typing import NamedTuple
 import yaml
 from .core import lazy_names, project_path, project_root, read_config, short_path
 from .lines import nearest
+from .networks import refuse_file
 from .parameters import METHOD, NEEDED, NETWORK, RUN, TRAIN, check_settings
 
 # %% ../nbs/05d_recipes.ipynb #recipe-path
@@ -251,6 +252,7 @@ def find_run(
     "The run folder that is meant"
     folder = project_path(run or 'runs/tiny-s0')
     if (folder/'model.json').is_file(): return folder
+    if run and not folder.is_dir(): refuse_file(run, folder)
     made = sorted(project_path('runs').glob('*/model.json'), key=lambda p: p.stat().st_mtime)
     if made and not run: return made[-1].parent
     if config := read_config(folder):

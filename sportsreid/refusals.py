@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NETWORKS', 'RESULTS', 'timm_names', 'check_names', 'check_format', 'is_done', 'choose_data', 'choose_layout',
-           'check_data', 'check_file', 'check_writable', 'check_members', 'check_footage', 'check_boxes',
+           'check_data', 'check_file', 'check_writable', 'check_new', 'check_members', 'check_footage', 'check_boxes',
            'check_adapting', 'check_recipe', 'check_train']
 
 # %% ../nbs/05d_refusals.ipynb #imports
@@ -134,6 +134,17 @@ def check_writable(
     if near.is_dir() and os.access(near, os.W_OK): return
     raise OSError(f'nothing can be written to {folder}, since {near} is '
                   f'{"read-only for you" if near.is_dir() else "a file"}; choose another folder')
+
+# %% ../nbs/05d_refusals.ipynb #check-new
+def check_new(
+    path:str,        # file to write
+    overwrite:bool,  # whether it may be there
+)->None:  # an OSError says what to do
+    "Refuse to write over a file"
+    file = project_path(path)
+    if file.is_dir(): raise IsADirectoryError(f'{path} is a folder; name a file with --out')
+    if file.exists() and not overwrite:
+        raise FileExistsError(f'{path} is there already; give another --out, or --overwrite to replace it')
 
 # %% ../nbs/05d_refusals.ipynb #check-members
 def check_members(

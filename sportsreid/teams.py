@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['BODY', 'MIDDLE', 'SIDE', 'GROUND', 'MORE', 'FLOOR', 'UNSURE', 'soft_histograms', 'shirt_colours', 'group_looks',
-           'fit_scores', 'teams', 'body_means', 'even_light', 'kit_colours', 'tracklet_teams']
+           'fit_scores', 'teams', 'body_means', 'even_light', 'kit_colours', 'tracklet_teams', 'show_teams', 'id_teams']
 
 # %% ../nbs/09k_teams.ipynb #imports
 import itertools
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from numpy import ndarray
+from PIL import Image
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
 from torch import Tensor
@@ -163,3 +166,36 @@ def tracklet_teams(
     "Which team each tracklet plays for, by the colours of its crops"
     means = pd.DataFrame(kit_colours(found.crops).numpy()).groupby(found.crops.pid.to_numpy()).mean()
     return teams(means.to_numpy(), n).set_index(means.index.rename('pid'))
+
+# %% ../nbs/09k_teams.ipynb #picture
+def show_teams(
+    found:Tracklets,     # of your footage
+    sides:pd.DataFrame,  # from `tracklet_teams`
+    most:int=6,          # tracklets of a group
+)->Figure:
+    "Draw a crop of some tracklets of each group, those that fit best"
+    best = sides.sort_values('score', ascending=False, kind='stable').groupby('group').head(most)
+    groups = best.groupby('group')
+    fig,axs = plt.subplots(len(groups), most, figsize=(most,2.1*len(groups)), squeeze=False, layout='constrained')
+    for ax in axs.flat: ax.axis('off')
+    for line,(group,rows) in zip(axs, groups):
+        for ax,row in zip(line, rows.itertuples()):
+            path = found.crops.path[found.crops.pid==row.Index].iloc[0]
+            ax.imshow(Image.open(path).convert('RGB').resize((48,96)))
+            ax.set_title(f'{row.kind} {row.score:.2f}', fontsize=9)
+        line[0].text(-.3, .5, f'group {group}', rotation=90, va='center', ha='center', transform=line[0].transAxes)
+    return fig
+
+# %% ../nbs/09k_teams.ipynb #id-teams
+def id_teams(
+    found:Tracklets,     # of your footage
+    sides:pd.DataFrame,  # from `tracklet_teams`
+)->pd.DataFrame:  # a row for each id of the tracker: group, kind (team, other, unsure), mean score, crops
+    "Which team each id of a tracker plays for"
+    rows = found.crops[['id','pid']].merge(sides, left_on='pid', right_index=True)
+    rows['sure'] = rows.kind!='unsure'
+    votes = rows.groupby(['id','group']).agg(sure=('sure','sum'), crops=('pid','size'), score=('score','mean'))
+    best = votes.reset_index().sort_values(['sure','crops'], ascending=False, kind='stable').drop_duplicates('id')
+    kinds = sides[sides.kind!='unsure'].groupby('group').kind.first()
+    best['kind'] = np.where(best.sure>0, best.group.map(kinds), 'unsure')
+    return best.sort_values('id')[['id','group','kind','score','crops']].round(3).reset_index(drop=True)

@@ -8,7 +8,7 @@ __all__ = ['toy_learner', 'toy_parts', 'answers', 'run_rank', 'on_ranks', 'bad_f
            'gradient_gaps', 'weight_gaps']
 
 # %% ../nbs/05a_toy.ipynb #imports
-import contextlib, hashlib, io, os, sys, tempfile
+import contextlib, hashlib, io, multiprocessing, os, sys, tempfile
 from collections.abc import Callable
 import torch
 from .contrast import InfoNCE
@@ -71,8 +71,10 @@ def on_ranks(
     from sportsreid.devices import free_port
     env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     if ranks>1: env['CUDA_VISIBLE_DEVICES'] = ''
+    method = 'forkserver' if sys.platform=='linux' else 'spawn'
+    if method=='forkserver': multiprocessing.set_forkserver_preload(['sportsreid.toy','sportsreid.devices'])
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (function, args, env, folder), ranks)
+        torch.multiprocessing.start_processes(run_rank, (function, args, env, folder), ranks, start_method=method)
         return [torch.load(f'{folder}/{rank}.pt', weights_only=True) for rank in range(ranks)]
 
 # %% ../nbs/05a_toy.ipynb #bad-fork

@@ -10,14 +10,19 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import counted, first_line, write_whole
 from .data import name_rows
+from .files import record_lines
 
 # %% ../nbs/01j_tracks.ipynb #mot-numbers
 MOT_COLUMNS = ['frame', 'id', 'left', 'top', 'width', 'height', 'conf']
 
+def _rows(bad:pd.Series)->str:
+    "Which lines of a file, or rows of a table"
+    return name_rows(bad) if bad.index.name=='line' else f'{name_rows(bad)} (from 0)'
+
 def _what_is_wrong(texts:pd.DataFrame, bad:pd.Series)->str:
     "Which row holds no numbers, and what to do about it"
     first = texts[bad].iloc[0]
-    named = f'{name_rows(bad)} (from 0), first: {",".join(first.fillna("").astype(str))}'
+    named = f'{_rows(bad)}, first: {",".join(first.fillna("").astype(str))}'
     if bad.iloc[0] and first.notna().all() and pd.to_numeric(first, errors='coerce').isna().all():
         return f'{named}; remove the line of headings'
     lacks = [MOT_COLUMNS[i] for i in np.flatnonzero(pd.to_numeric(first, errors='coerce').isna())]
@@ -34,9 +39,11 @@ def _mot_numbers(path:Path)->pd.DataFrame:
         raise ValueError(f'{path} has {texts.shape[1]} columns; MOTChallenge has at least 6, divided by commas: '
                          f'{", ".join(MOT_COLUMNS[:6])}')
     texts = texts.iloc[:,:7]
+    lines = record_lines(path)
+    if len(lines)==len(texts): texts = texts.set_axis(lines)
     bad = texts.apply(pd.to_numeric, errors='coerce').isna().any(axis=1)
     if bad.any(): raise ValueError(f'{path} must hold numbers; {_what_is_wrong(texts, bad)}')
-    numbers = pd.DataFrame(texts.to_numpy(object).astype(float), columns=MOT_COLUMNS[:texts.shape[1]])
+    numbers = pd.DataFrame(texts.to_numpy(object).astype(float), texts.index, MOT_COLUMNS[:texts.shape[1]])
     return numbers if 'conf' in numbers else numbers.assign(conf=1.)
 
 # %% ../nbs/01j_tracks.ipynb #check-mot
@@ -56,17 +63,18 @@ def check_mot(
     "Check boxes through time"
     lacking = [c for c in MOT_COLUMNS if c not in rows]
     if lacking: raise ValueError(f'{name} lack {", ".join(lacking)}; they need {", ".join(MOT_COLUMNS)}')
-    rows = rows[MOT_COLUMNS].astype(float).reset_index(drop=True)
+    rows = rows[MOT_COLUMNS].astype(float)
+    if rows.index.name!='line': rows = rows.reset_index(drop=True)
     def refuse(bad, what):
         if not bad.any(): return
         first = ', '.join(f'{col} {value:g}' for col,value in rows[bad].iloc[0].items())
-        raise ValueError(f'{name}: {what}; {name_rows(bad)} (from 0), the first has {first}')
+        raise ValueError(f'{name}: {what}; {_rows(bad)}, the first has {first}')
     refuse(~np.isfinite(rows).all(axis=1), 'every value must be a finite number')
     refuse((rows.frame!=rows.frame.round()) | (rows.frame<0), 'a frame is a whole number of 0 or more')
     refuse(rows.id!=rows.id.round(), 'an id is a whole number')
     refuse((rows.width<=0) | (rows.height<=0), 'width and height of a box must be above 0')
     refuse(rows.duplicated(['frame','id']) & (rows.id>=0), 'an id stands twice in a frame; keep one of its boxes')
-    return rows.astype({'frame': np.int64, 'id': np.int64})
+    return rows.reset_index(drop=True).astype({'frame': np.int64, 'id': np.int64})
 
 # %% ../nbs/01j_tracks.ipynb #read-mot
 def read_mot(
