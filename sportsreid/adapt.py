@@ -189,27 +189,34 @@ class Adapted:
     gain:tuple[float,float]|None=None  # ends of the interval of the difference in mAP; None: one query has none
 
     @property
+    def lost(self)->bool:  # mAP fell by more than chance
+        return self.after['mAP']<self.before['mAP'] and (self.gain is None or self.gain[1]<0)
+
+    @property
     def gained(self)->bool:  # else the old weights were kept
-        after,before = ((s['mAP'], s.get('gap', 0)) for s in (self.after,self.before))
-        return after>before
+        if self.after['mAP']>self.before['mAP']: return True
+        return not self.lost and self.after.get('gap', 0)>self.before.get('gap', 0)
 
     @property
     def sure(self)->bool: return self.gain is not None and self.gain[0]>0  # other tracklets would probably agree
 
-    def __repr__(self):
-        went = ' to '.join(f'{100*s["mAP"]:.1f}' for s in (self.before,self.after))
-        tie = 'players lie farther apart than before, so ' if self.after['mAP']==self.before['mAP'] else ''
-        kept = f'{tie}the new weights are kept' if self.gained else 'nothing was gained, so the old weights are kept'
-        if self.gain is not None:
-            low,high = (100*end for end in self.gain)
-            chance = ', which may be chance' if self.after['mAP']>self.before['mAP'] and not self.sure else ''
-            went += f' ({low:+.1f} to {high:+.1f}{chance})'
-        if min(self.before['mAP'], self.after['mAP'])>FULL:
-            kept += '; nearly all were right before, so these crops tell little'
-        best = max(self.before['mAP'], self.after['mAP'])
-        told = '' if best>=self.colours else ', more than the network: weigh them in (09jc_weigh)'
-        return (f'mAP on held-out crops {went} in {self.steps} steps; {kept}; colours alone score '
-                f'{100*self.colours:.1f}{told}')
+# %% ../nbs/09j_adapt.ipynb #adapted-said
+@patch
+def __repr__(self:Adapted)->str:
+    "Before, after, the interval of the gain, and which weights are kept"
+    went = ' to '.join(f'{100*s["mAP"]:.1f}' for s in (self.before,self.after))
+    tie = 'players lie farther apart than before, so ' if self.after['mAP']<=self.before['mAP'] else ''
+    kept = f'{tie}the new weights are kept' if self.gained else 'nothing was gained, so the old weights are kept'
+    if self.gain is not None:
+        low,high = (100*end for end in self.gain)
+        chance = ', which may be chance' if self.after['mAP']!=self.before['mAP'] and low<=0<=high else ''
+        went += f' ({low:+.1f} to {high:+.1f}{chance})'
+    if min(self.before['mAP'], self.after['mAP'])>FULL:
+        kept += '; nearly all were right before, so these crops tell little'
+    best = max(self.before['mAP'], self.after['mAP'])
+    told = '' if best>=self.colours else ', more than the network: weigh them in (09jc_weigh)'
+    return (f'mAP on held-out crops {went} in {self.steps} steps; {kept}; colours alone score '
+            f'{100*self.colours:.1f}{told}')
 
 # %% ../nbs/09j_adapt.ipynb #read-adapted
 def read_adapted(
