@@ -94,6 +94,7 @@ def fit_scores(
 )->ndarray:  # (N,) -1 to 1
     "How much better each one fits its own group than the nearest other"
     sizes = np.bincount(groups)
+    if len(sizes)==1: return np.ones(len(feats))  # there is no other
     rows = np.arange(len(feats))
     sums = np.stack([cdist(feats, feats[groups==k]).sum(1) for k in range(len(sizes))], axis=1)
     own = sums[rows,groups]/np.maximum(sizes[groups]-1, 1)
