@@ -18,8 +18,7 @@ from .actions import Laps
 from .baselines import image_feats
 from .calibrate import network_print
 from .checks import check_kind, check_minutes, is_count, is_number
-from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
-from .record import finished_scores
+from .core import finished_scores, lazy_names, open_run, project_path, read_config, read_scores, write_whole
 from .data import fingerprint
 from .devices import pick_device
 from .evaluate import Ranking
@@ -61,7 +60,7 @@ class Adapting:
         bad += [k for k in ('steps','batch_size','K') if k in given and not is_count(given[k])]
         if bad: raise ValueError(f'{bad[0]} is a number above 0, not {given[bad[0]]!r}')
         if self.K<2 or self.batch_size<2*self.K: raise ValueError('K is 2 or more, and batch_size at least twice that')
-        if not 0<=self.ema<1: raise ValueError(f'ema is a decay from 0 to below 1, not {self.ema!r}')
+        if not is_number(self.ema) or not 0<=self.ema<1: raise ValueError(f'ema is 0 to below 1, not {self.ema!r}')
         make_augmentation(self.augmentation), make_optimizer(self.optimizer), make_schedule(self.schedule, 1)
 
 # %% ../nbs/09j_adapt.ipynb #start-rate
@@ -271,6 +270,7 @@ def start_task(
     "Open a network and crops, leave mixed tracklets out, and hold some crops out of the training"
     check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     check_kind(how, Adapting, 'how', 'Adapting(steps=200), for instance')
+    if not is_count(seed, 0): raise ValueError(f'seed is a whole number of 0 or more, not {seed!r}')
     model = open_network(network)
     lr = start_rate(network) if how.lr is None else how.lr
     device = pick_device(device)

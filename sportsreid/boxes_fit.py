@@ -9,7 +9,7 @@ __all__ = ['OUTSIDE', 'parse_cuts', 'check_cuts', 'check_fit', 'check_frames', '
 from contextlib import closing
 from pathlib import Path
 import numpy as np, pandas as pd
-from .checks import check_kind
+from .checks import check_kind, is_count
 from .core import counted, project_path
 from .cut import check_length, read_frames
 from .tracks import check_mot, read_mot
@@ -30,6 +30,8 @@ def check_cuts(
 )->list[int]:  # the same; ValueError if one divides nothing
     "Make sure that cuts lie between the frames"
     check_kind(cuts, (list,tuple,np.ndarray), 'cuts', 'a list of frame numbers')
+    bad = [c for c in cuts if not is_count(c, 0)]
+    if bad: raise ValueError(f'A cut is the number of the first frame of a shot, not {bad[0]!r}')
     bad = [c for c in cuts if not frames.min()<c<=frames.max()]
     if bad:
         raise ValueError(f'cut {bad[0]} divides nothing: boxes are in frames {frames.min()} to {frames.max()}, and a '

@@ -68,6 +68,6 @@ def as_numbers(
     "Features as an array of numbers"
     if hasattr(features, 'detach'): features = features.detach().cpu()
     try: return np.asarray(features, dtype)
-    except (ValueError,TypeError) as e:
+    except (ValueError,TypeError,RuntimeError) as e:
         raise ValueError(f'features are numbers, (N,D), a row for each crop or player, not {type(features).__name__} '
                          f'of other things ({first_line(e)})') from e

@@ -30,6 +30,8 @@ def project_path(
     text:str|Path,  # a path as somebody wrote it
 )->Path:  # absolute; ValueError for the home folder of somebody whom this machine does not know
     "The path that a user means: `~` is the home folder, a relative path starts at the project's root"
+    if not isinstance(text, (str,os.PathLike)):
+        raise ValueError(f'A path is text or a Path, such as runs/mine, and not of type {type(text).__name__}')
     try: return project_root()/Path(text).expanduser()
     except RuntimeError as e:
         raise ValueError(f'{text} begins with the home folder of a user that this machine does not know; '
@@ -302,4 +304,5 @@ def lazy_names(
 
 # %% ../nbs/00a_core.ipynb #lent
 __getattr__ = lazy_names(__name__, **dict.fromkeys(
-    ('versions','read_config','read_scores','check_same','open_run','write_log','read_log','trim_log'), 'record'))
+    ('versions','read_config','read_scores','finished_scores','check_same','open_run','write_log','read_log',
+     'trim_log'), 'record'))

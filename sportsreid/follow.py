@@ -11,11 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from numpy import ndarray
-from .checks import as_numbers, is_number
+from .checks import as_numbers, check_kind, is_number
 from .core import counted
 from .linkage import Groups, Join, best_rival, confidence_of, join_groups
 from .tracklets import number_tracklets, out_of_reach, seen_together, shot_of, tracklet_features
 from .tracks import MOT_COLUMNS, check_mot, write_rows
+
+# %% ../nbs/09fb_follow.ipynb #positions
+def _positions(sample)->ndarray:
+    "Positions of rows as an array; ValueError for what is none"
+    rows = np.asarray(sample)
+    if rows.dtype.kind in 'iu' or not rows.size: return rows.astype(np.int64)
+    raise ValueError(f'sample is positions of rows, whole numbers as pick_crops gives them, not {sample!r:.40}')
 
 # %% ../nbs/09fb_follow.ipynb #follow-check
 def check_feats(
@@ -25,7 +32,7 @@ def check_feats(
 )->tuple[ndarray,ndarray]:  # both as arrays; ValueError says what is wrong
     "Check that features belong to rows"
     every = sample is None
-    feats,sample = as_numbers(feats, np.float32),np.arange(n) if every else np.asarray(sample, np.int64)
+    feats,sample = as_numbers(feats, np.float32),np.arange(n) if every else _positions(sample)
     if feats.ndim!=2 or len(feats)!=len(sample):
         raise ValueError(f'{len(sample)} rows{"" if every else " of sample"} need as many features (N,D), not an array '
                          f'of {feats.shape}; name the rows that were embedded with sample=')
@@ -152,6 +159,7 @@ def follow(
     reach:float|None=2.,        # body heights that a player may move a frame; None: any number
 )->Followed:  # ValueError says what is wrong with what was given
     "Join tracklets to players; those without a feature stay alone, and are named"
+    check_kind(rows, pd.DataFrame, 'rows', 'a table as read_mot gives it')
     check_rules(threshold, reach)
     more = [c for c in rows if c not in MOT_COLUMNS]
     rows = check_mot(rows).join(rows[more].reset_index(drop=True))
@@ -174,6 +182,7 @@ def write_tracks(
     path:str|Path,      # text file to write; its folder must be there
 )->Path:  # the file
     "Write followed players as MOTChallenge has tracks: rows and their order as they were given to `follow`"
+    check_kind(followed, Followed, 'followed', 'what follow(rows, feats, threshold) gives')
     return write_rows(check_mot(followed.rows.assign(id=followed.rows.player)), path)
 
 # %% ../nbs/09fb_follow.ipynb #show-players

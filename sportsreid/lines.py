@@ -9,6 +9,7 @@ __all__ = ['Term', 'parse_terms', 'read_line', 'read_one', 'make_term', 'nearest
 import ast, difflib, inspect, math
 from collections.abc import Iterable
 from typing import NamedTuple
+from .checks import check_kind
 
 # %% ../nbs/05d_lines.ipynb #term
 class Term(NamedTuple):
@@ -28,6 +29,7 @@ def parse_terms(
     text:str,  # e.g. '0.9*triplet(margin=0.5) + 0.5*centroid'
 )->list[Term]:  # in the order written; a ValueError says what cannot be read
     "Read a line of terms with + between them"
+    check_kind(text, str, 'a line of terms', 'text such as flip(0.5) + crop(0.06)')
     try: return _terms(ast.parse(text.strip(), mode='eval').body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         raise ValueError(f"cannot read {text!r}; write terms like 0.9*triplet(margin=0.5) + 0.5*centroid()") from e

@@ -10,8 +10,8 @@ __all__ = ['DECIDE', 'pair_cosines', 'held_scores', 'held_gap', 'Linking', 'link
 from dataclasses import dataclass, fields
 import numpy as np, pandas as pd
 from numpy import ndarray
-from torch import Tensor
-from .checks import is_number
+from torch import Tensor, from_numpy
+from .checks import as_numbers, check_kind, is_number
 from .follow import join_all, own_confidence, rest_score
 from .linkage import Groups
 from .losses import unit_length
@@ -120,14 +120,35 @@ def seen_rival(
         np.maximum.at(best, one, pair_cosines(means, groups.means, np.stack([one,groups.members[other]], 1)))
     return best
 
+# %% ../nbs/09ib_links.ipynb #linkable
+def _linkable(feats, crops:pd.DataFrame, together)->tuple[Tensor,ndarray]:
+    "(N,D) features and (P,2) pairs as numbers; ValueError says what is wrong with them"
+    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as hold_out(found.crops)')
+    lacks = [c for c in ('pid','action','role') if c not in crops]
+    if lacks: raise ValueError(f'crops lack the column {lacks[0]}; give a crop table, such as hold_out(found.crops)')
+    feats,pairs = as_numbers(feats, np.float32),np.asarray(together)
+    if feats.ndim!=2 or len(feats)!=len(crops):
+        raise ValueError(f'{len(crops)} crops need as many features (N,D), not an array of {feats.shape}')
+    bad = ~np.isfinite(feats).all(1)
+    if bad.any(): raise ValueError(f'{bad.sum()} features are not finite, first row {bad.argmax()}; leave them out')
+    if not pairs.size: pairs = np.zeros((0,2), np.int64)
+    if pairs.dtype.kind not in 'iu' or pairs.shape[1:]!=(2,):
+        raise ValueError(f'together is pairs of pids, (P,2), such as found.together, not {together!r:.40}')
+    last = crops.pid.max()
+    if len(pairs) and not 0<=pairs.min()<=pairs.max()<=last:
+        raise ValueError(f'together names pids {pairs.min()} to {pairs.max()}, and pids go from 0 to {last}')
+    return from_numpy(feats), pairs
+
 # %% ../nbs/09ib_links.ipynb #safe-links
 def safe_links(
-    feats:Tensor,              # (N,D) of the crops
+    feats:Tensor|ndarray,      # (N,D) of the crops
     crops:pd.DataFrame,        # crop table with held-out queries and gallery; pids are 0 to n-1
     together:ndarray,          # (P,2) pids seen in one frame
     how:Linking=Linking(),     # what is safe
 )->Links:
     "Link tracklets of one player, as far as it is safe"
+    check_kind(how, Linking, 'how', 'Linking(rate=.1), for instance')
+    feats,together = _linkable(feats, crops, together)
     pids = crops.pid.to_numpy()
     n = int(pids.max())+1
     threshold = link_threshold(held_scores(feats, crops, together)[1], how.rate)

@@ -149,6 +149,8 @@ def join_tracklets(
     parts:list[Tracklets],  # of several clips
 )->Tracklets:  # tracklets of different parts were never seen together
     "Put the tracklets of several clips into one table"
+    check_kind(parts, (list,tuple), 'parts', 'a list of Tracklets')
+    for part in parts: check_kind(part, Tracklets, 'one of the parts', 'what tracklets(frames, tracks, keep) makes')
     if not parts: raise ValueError('There are no tracklets to join')
     tables,pairs = [],[]
     pid = action = 0
@@ -201,6 +203,7 @@ def tracklets(
     "Make a crop table that labels itself"
     check_kind(limits, Limits, 'limits', 'Limits(least=40), for instance')
     check_kind(frames, (str,Path), 'frames', 'a folder of frames or a video')
+    check_kind(keep, (str,Path), 'keep', 'a folder for the crops')
     frames = project_path(frames)
     rows,size = _open_rows(frames, tracks, cuts)
     if cuts is None: cuts = find_cuts(frames, rows.frame.unique().tolist())

@@ -90,8 +90,9 @@ def check_same(
     unlike = [f'{k}: {old.get(k)!r} there, {config.get(k)!r} now' for k in names if old.get(k)!=config.get(k)]
     if not old or (unlike and not has_begun(folder)): return False
     if not unlike: return True
-    data = all(line.startswith(('fingerprint:','labels:')) for line in unlike)
-    what = 'on other data or footage' if data else f'with other parameters ({"; ".join(unlike)})'
+    rest = [line for line in unlike if not line.startswith(('fingerprint:','labels:'))]
+    what = 'on other data or footage' if len(rest)<len(unlike) else ''
+    if rest: what += f'{" and " if what else ""}with other parameters ({"; ".join(rest)})'
     raise ValueError(f'{folder} holds a run {what}; give this run another name or delete that folder')
 
 # %% ../nbs/00aa_record.ipynb #open-run

@@ -140,6 +140,10 @@ class Rounding:
     adapting:Adapting = Adapting()
     linking:Linking = Linking()
 
+    def __post_init__(self):
+        check_kind(self.adapting, Adapting, 'adapting', 'Adapting(steps=200), for instance')
+        check_kind(self.linking, Linking, 'linking', 'Linking(rate=.1), for instance')
+
 def _go_round(task:AdaptTask, folder:Path, rounds:int, how:Rounding)->tuple[list[Adapted],list[int],str]:
     "What each round gained, the links they learned from, and why they ended"
     base,before,done,joins = task,None,[],[]
@@ -170,7 +174,7 @@ def adapt_rounds(
     if not is_count(rounds): raise ValueError(f'rounds is how many there are at most, 1 or more, not {rounds!r}')
     check_kind(how, Rounding, 'how', 'Rounding(minutes=1), for instance')
     check_minutes(how.minutes)
-    folder = project_path(run)
+    folder = project_path(check_kind(run, (str,Path), 'run', 'a folder to make, such as runs/mine'))
     with network_folder(source) as network: task,pure = start_task(network, found, seed, device, how.adapting)
     config = {**adapt_config(task), 'rounds': rounds, 'minutes': how.minutes, 'linking': asdict(how.linking)}
     _open_rounds(folder, config, source=network_name(source), crops=len(task.crops), left_out=pure.left_out)

@@ -9,7 +9,7 @@ __all__ = ['SeenPairs', 'class_pairs', 'SeenInfoNCE', 'hold_out', 'rank_held', '
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
-from .checks import is_number
+from .checks import check_kind, is_number
 from .contrast import InfoNCE, info_nce
 from .data import check_crops
 from .evaluate import Ranking, action_blocks, rank_features
@@ -72,6 +72,7 @@ def hold_out(
 )->pd.DataFrame:  # the same crops with roles query (first), gallery (last) and train
     "Hold the ends of each tracklet out of the training; ValueError if none is long enough"
     if not (is_number(share) and 0<share<.4): raise ValueError(f'share is above 0 and below 0.4, not {share!r}')
+    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as found.crops')
     crops = crops.sort_values(['pid','frame'], kind='stable')
     place = crops.groupby('pid').cumcount()
     n = crops.groupby('pid').pid.transform('size')
@@ -127,6 +128,7 @@ def without_mixed(
     pure:Tensor,      # (n,) purity of each tracklet
 )->Tracklets:  # ValueError if no two tracklets that were seen together are left
     "Leave out tracklets that probably hold two people, and count their crops"
+    check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     good = torch.as_tensor(pure).numpy()[found.crops.pid]>=0
     crops,together = number_anew(found.crops[good].reset_index(drop=True), found.together)
     if not len(together): raise ValueError('No two pure tracklets were seen together; give more frames')

@@ -11,6 +11,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 from .baselines import fuse, image_feats, stripe_histograms
+from .checks import check_kind
 from .data import check_crops
 from .features import extract_features
 from .images import CropFiles, PackedCrops
@@ -139,13 +140,14 @@ def swap_some(
             changed[int(one)] = when
     return Tracklets(crops.assign(pid=pid), found.together, found.left_out, found.boxes), changed
 
-# %% ../nbs/09ic_split.ipynb #pure
+# %% ../nbs/09ic_split.ipynb #stripes8
 def stripes8(
     ims:Tensor,  # (B,3,H,W) uint8
 )->Tensor:  # (B,512)
     "Colour histogram of eight stripes"
     return stripe_histograms(ims, 8)
 
+# %% ../nbs/09ic_split.ipynb #pure
 def pure_part(
     model:ReIDModel,   # the network, where it computes
     found:Tracklets,   # of your footage
@@ -153,6 +155,8 @@ def pure_part(
     split:bool=False,              # cut mixed tracklets in two where that is clear; else leave all of them out
 )->Tracklets:  # of one person each; ValueError if no two that were seen together are left
     "The tracklets that show one person each, block by block"
+    check_kind(model, ReIDModel, 'model', 'a network, such as load_model(folder)')
+    check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     device = next(model.parameters()).device
     parts,pairs,left,n = [],[],0,0
     for rows in window_blocks(found.crops):

@@ -169,6 +169,14 @@ def tracklet_teams(
     means = pd.DataFrame(kit_colours(found.crops).numpy()).groupby(found.crops.pid.to_numpy()).mean()
     return teams(means.to_numpy(), n).set_index(means.index.rename('pid'))
 
+# %% ../nbs/09k_teams.ipynb #check-sides
+def _check_sides(found:Tracklets, sides:pd.DataFrame):
+    "Refuse what are no teams of these tracklets"
+    check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
+    check_kind(sides, pd.DataFrame, 'sides', 'what tracklet_teams(found) gives')
+    if not {'group','kind','score'}<={*sides} or not sides.index.isin(found.crops.pid).all():
+        raise ValueError('sides are not the teams of these tracklets; give what tracklet_teams(found) gives')
+
 # %% ../nbs/09k_teams.ipynb #picture
 def show_teams(
     found:Tracklets,     # of your footage
@@ -176,6 +184,7 @@ def show_teams(
     most:int=6,          # tracklets of a group
 )->Figure:
     "Draw a crop of some tracklets of each group, those that fit best"
+    _check_sides(found, sides)
     best = sides.sort_values('score', ascending=False, kind='stable').groupby('group').head(most)
     groups = best.groupby('group')
     fig,axs = plt.subplots(len(groups), most, figsize=(most,2.1*len(groups)), squeeze=False, layout='constrained')
@@ -194,6 +203,7 @@ def id_teams(
     sides:pd.DataFrame,  # from `tracklet_teams`
 )->pd.DataFrame:  # a row for each id of the tracker: group, kind (team, other, unsure), mean score, crops
     "Which team each id of a tracker plays for"
+    _check_sides(found, sides)
     rows = found.crops[['id','pid']].merge(sides, left_on='pid', right_index=True)
     rows['sure'] = rows.kind!='unsure'
     votes = rows.groupby(['id','group']).agg(sure=('sure','sum'), crops=('pid','size'), score=('score','mean'))
