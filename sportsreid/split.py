@@ -157,7 +157,8 @@ def pure_part(
     "The tracklets that show one person each, block by block"
     check_kind(model, ReIDModel, 'model', 'a network, such as load_model(folder)')
     check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
-    if not hasattr(images, 'paths'): check_kind(images, (CropFiles,PackedCrops), 'images', 'CropFiles(found.crops, size)')
+    if not hasattr(images, 'paths'):
+        check_kind(images, (CropFiles,PackedCrops), 'images', 'CropFiles(found.crops, size)')
     device = next(model.parameters()).device
     parts,pairs,left,n = [],[],0,0
     for rows in window_blocks(found.crops):
