@@ -77,12 +77,13 @@ def kept(
 # %% ../nbs/05e_headless.ipynb #told
 def told(
     path:str|Path,  # an executed notebook
-)->list[str]:  # the text of each, in order
+)->list[str]:  # the text of each, in order; of pictures none
     "What the cells with the tag `told` displayed"
     import nbformat
     cells = [c for c in nbformat.read(path, 4).cells if 'told' in c.metadata.get('tags', [])]
     shown = [o.data for c in cells for o in c.outputs if o.output_type in ('execute_result','display_data')]
-    return [data['text/plain'] for data in shown if 'text/plain' in data]
+    texts = [data for data in shown if 'text/plain' in data and not any(k.startswith('image/') for k in data)]
+    return [data['text/plain'] for data in texts]
 
 # %% ../nbs/05e_headless.ipynb #sigterm
 @contextlib.contextmanager
