@@ -40,9 +40,13 @@ def first_options(
     command:str,       # train, evaluate, report, soup, follow or sweep
     words:list[str],   # after it
 )->list[str]:  # each with its name; a ValueError if there are too many
-    "Name the words that come before any option"
-    n = next((i for i,word in enumerate(words) if word.startswith('--')), len(words))
-    names = FIRST.get(command, ())
+    "Name the words that belong to no option: those before the first, and those after the value of another"
+    options,names = [i for i,word in enumerate(words) if word.startswith('--')],FIRST.get(command, ())
+    n = options[0] if options else len(words)
+    for start,end in zip(options, [*options[1:],len(words)]):
+        value = start+1+('=' not in words[start])   # where its value ends
+        if n==0 and end-value==len(names)>0:
+            n,words = len(names),words[value:end]+words[:value]+words[end:]
     if n>len(names)>0: raise ValueError(f'{command} takes {" and ".join(names)}, and {words[len(names)]!r} is one more')
     if not names: return words
     return [word for pair in zip(names, words[:n]) for word in (f'--{pair[0]}', pair[1])]+words[n:]
