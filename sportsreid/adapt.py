@@ -31,6 +31,7 @@ from .links import held_gap
 from .make import make_augmentation, make_optimizer, make_sampler, make_schedule
 from .models import ReIDModel
 from .own_footage import SomeCrops, Tracklets
+from .record import refuse_more
 from .seen import SeenInfoNCE, SeenPairs, class_pairs, hold_out, rank_held
 from .split import pure_part, stripes8
 from .train import TrainBatches, train
@@ -224,9 +225,8 @@ def read_adapted(
     "What adapting in a folder gained"
     scores = finished_scores(folder, 'before', 'that was not adapted')
     if scores is None: return None
-    gain = scores.get('gain')
-    return Adapted(folder, scores['before'], scores['after'], scores['colours'], read_config(folder)['steps'],
-                   gain if gain is None else tuple(gain))
+    gain = scores.get('gain') and tuple(scores['gain'])
+    return Adapted(folder, scores['before'], scores['after'], scores['colours'], read_config(folder)['steps'], gain)
 
 # %% ../nbs/09j_adapt.ipynb #config
 NEVER = 10**9  # epochs between two validations, so that the end of a run has the only one
@@ -254,9 +254,8 @@ def _finish(task:AdaptTask, folder:Path, before:dict, kept:dict, steps:int)->Ada
     done = Adapted(folder, before, kept, round(task.rank(colours).scores()['mAP'], 6), steps, gain)
     if not done.gained: save_model(folder, task.model)
     best = done.after if done.gained else before
-    with write_whole(folder/'scores.json') as tmp:
-        tmp.write_text(json.dumps(dict(valid=best, before=before, after=done.after, colours=done.colours,
-                                  gain=done.gain), indent=1))
+    scores = dict(valid=best, before=before, after=kept, colours=done.colours, gain=gain)
+    with write_whole(folder/'scores.json') as tmp: tmp.write_text(json.dumps(scores, indent=1))
     return done
 
 # %% ../nbs/09j_adapt.ipynb #adapt
@@ -287,6 +286,7 @@ def run_task(
 )->Adapted:
     "Take the steps, and keep the better weights"
     config = _config(task, minutes, read_config(folder))
+    refuse_more(folder, config)
     open_run(folder, config, crops=len(task.crops), **notes)
     done = read_adapted(folder)
     if done is None:

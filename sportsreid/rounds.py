@@ -19,7 +19,7 @@ from .features import extract_features
 from .hub import network_folder, network_name
 from .links import LinkedBatches, Linking, Links, safe_links
 from .own_footage import SomeCrops, Tracklets
-from .record import finished_scores
+from .record import finished_scores, refuse_more
 from .models import ReIDModel
 from .weights import load_model, save_model
 
@@ -127,10 +127,14 @@ def _open_rounds(folder:Path, config:dict, **notes):
     there,rounds = read_config(folder).get('rounds', config['rounds']),config['rounds']
     if is_count(there) and there>rounds:
         raise ValueError(f'{folder} was asked for {there} rounds; ask for as many or more, or give another run')
+    refuse_more(folder, {**config, 'rounds': there})
     open_run(folder, {**config, 'rounds': there}, **notes)
-    if there==rounds: return
-    with write_whole(folder/'config.json') as tmp:
-        tmp.write_text(json.dumps({**read_config(folder), 'rounds': rounds}, indent=1))
+
+def _ask_for(folder:Path, rounds:int):
+    "Note how many rounds are wanted now"
+    config = read_config(folder)
+    if config['rounds']==rounds: return
+    with write_whole(folder/'config.json') as tmp: tmp.write_text(json.dumps({**config, 'rounds': rounds}, indent=1))
 
 # %% ../nbs/09ja_rounds.ipynb #rounds
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ def adapt_rounds(
     _open_rounds(folder, config, source=network_name(source), crops=len(task.crops), left_out=pure.left_out)
     done = read_rounds(folder)
     if done is None or (done.could_go_on and len(done.rounds)<rounds):
+        _ask_for(folder, rounds)
         print(pure, flush=True)
         done = Rounds(folder, *_go_round(task, folder, rounds, how))
         _write_rounds(done)
