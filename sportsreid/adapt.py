@@ -17,8 +17,8 @@ from torch import Tensor
 from .actions import Laps
 from .baselines import image_feats
 from .calibrate import network_print
-from .checks import check_kind, check_minutes, is_count, is_number
-from .core import finished_scores, lazy_names, open_run, project_path, read_config, read_scores, write_whole
+from .checks import check_kind, check_minutes, check_seed, is_count, is_number
+from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
 from .data import fingerprint
 from .devices import pick_device
 from .evaluate import Ranking
@@ -31,7 +31,7 @@ from .links import held_gap
 from .make import make_augmentation, make_optimizer, make_sampler, make_schedule
 from .models import ReIDModel
 from .own_footage import SomeCrops, Tracklets
-from .record import refuse_more
+from .record import finished_scores, refuse_more
 from .seen import SeenInfoNCE, SeenPairs, class_pairs, hold_out, rank_held
 from .split import pure_part, stripes8
 from .train import TrainBatches, train
@@ -269,7 +269,7 @@ def start_task(
     "Open a network and crops, leave mixed tracklets out, and hold some crops out of the training"
     check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     check_kind(how, Adapting, 'how', 'Adapting(steps=200), for instance')
-    if not is_count(seed, 0): raise ValueError(f'seed is a whole number of 0 or more, not {seed!r}')
+    check_seed(seed)
     model = open_network(network)
     lr = start_rate(network) if how.lr is None else how.lr
     device = pick_device(device)

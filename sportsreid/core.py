@@ -304,5 +304,4 @@ def lazy_names(
 
 # %% ../nbs/00a_core.ipynb #lent
 __getattr__ = lazy_names(__name__, **dict.fromkeys(
-    ('versions','read_config','read_scores','finished_scores','check_same','open_run','write_log','read_log',
-     'trim_log'), 'record'))
+    ('versions','read_config','read_scores','check_same','open_run','write_log','read_log','trim_log'), 'record'))

@@ -171,10 +171,14 @@ def record_lines(
     headings:int=0,  # records before the first row
 )->pd.Index:  # called line: where each row begins, from 1
     "Lines of a file in which rows begin; empty lines begin none"
+    data = b'\n'+Path(file).read_bytes().removeprefix(b'\xef\xbb\xbf').replace(b'\r\n', b'\n')
+    if not any(odd in data for odd in (b'"', b'\r', b'\n\n', b'\n ', b'\n\t')):  # a row is a line, as nearly always
+        count = data.removesuffix(b'\n').count(b'\n')
+        return pd.RangeIndex(headings+1, max(headings, count)+1, name='line')
     lines,before = [],0
     with open(file, newline='', encoding='utf-8-sig', errors='replace') as f:
         reader = csv.reader(f)
         for record in reader:
-            if len(record)>1 or ''.join(record).strip(): lines.append(before+1)
+            if len(record)>1 or ''.join(record).strip(' \t'): lines.append(before+1)
             before = reader.line_num
     return pd.Index(lines[headings:], name='line')

@@ -20,7 +20,7 @@ from pandas import DataFrame
 from torch import Tensor
 from .checks import is_count, is_number
 from .core import first_line, lazy_names, note_once, progress
-from .devices import there_are
+from .devices import pick_device
 from .export import ByteGraph, OnnxGraph, drawn_crops, graph_notes, write_graph
 from .export import missing_packages, need_packages
 from .features import embed_batch, halve_until_fits
@@ -82,10 +82,8 @@ def choose_engine(
 # %% ../nbs/09d_identify.ipynb #embedder-device
 def _device(text:str)->torch.device:
     "The device that is meant"
-    found = text or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu')
-    try: return torch.empty(0, device=found).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'There is no device {text!r} here; there is {there_are()}; leave device out') from e
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
+    return pick_device(text or str(best))
 
 def _unit_rows(feats:ndarray, first:int)->ndarray:
     "Features of length one, or an error that names the image"

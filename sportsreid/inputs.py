@@ -49,9 +49,11 @@ def _swap(colours:Tensor, order:str)->Tensor:
 def _colours_first(pixels:ndarray|Tensor)->Tensor:
     "(C,H,W) of an array as its library lays it out"
     torch_like,shape = isinstance(pixels, Tensor), tuple(pixels.shape)
-    if len(shape)==2: return (pixels if torch_like else torch.from_numpy(pixels.copy()))[None]
     channels,other = (shape[0],shape[-1]) if torch_like else (shape[-1],shape[0])
-    if channels in (1,3,4): return pixels if torch_like else torch.from_numpy(pixels.copy()).permute(2,0,1)
+    if len(shape)==2 or channels in (1,3,4):
+        image = pixels if torch_like else torch.from_numpy(pixels.copy())
+        if len(shape)==2: return image[None]
+        return image if torch_like else image.permute(2,0,1)
     want,turn = ('(3,H,W)','permute(2,0,1)') if torch_like else ('(H,W,3)','transpose(1,2,0)')
     hint = f'; give image.{turn}' if other in (1,3,4) else ''
     raise ValueError(f'its shape is {shape}, and {"a tensor" if torch_like else "an array"} is {want}{hint}')

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from numpy.random import Generator, default_rng
 from .camera import noise_tiles, random_camera
 from .cast import random_cast
-from .checks import is_count, is_number
+from .checks import check_seed, is_count, is_number
 from .core import left_over, progress, temporary_path
 from .filming import Scene, actor_boxes, draw_frame, frame_actors, pitch_backdrop, random_lenses
 from .filming import random_others_paths, random_paths
@@ -152,7 +152,7 @@ def check_match(
         if not is_number(value) or value<=0: raise ValueError(f'{name} is a number above 0, not {value!r}')
     if not is_count(players, 2) or players>24: raise ValueError(f'players are 2 to 24 in both teams, not {players!r}')
     if not is_count(cameras): raise ValueError(f'cameras is how many there are, 1 or more, not {cameras!r}')
-    if not is_count(seed, 0): raise ValueError(f'seed is a whole number of 0 or more, not {seed!r}')
+    check_seed(seed)
     if len(size)!=2 or not all(is_count(n, 160) and n<=1024 for n in size):
         raise ValueError(f'size is width and height of a frame, 160 to 1024 pixels each, not {size!r}')
     frames = round(seconds*fps)

@@ -59,6 +59,11 @@ def finished_scores(
     if scores is None or key in scores: return scores
     raise ValueError(f'{folder} holds a run {what}; give another name')
 
+# %% ../nbs/00aa_record.ipynb #unlike
+def _unlike(old:dict, new:dict, whole:bool)->list[str]:
+    "Names of the parameters that differ; `whole`: those that only the old ones have count, too"
+    return [k for k in sorted({*new, *(old if whole else ())}-{'notes'}) if old.get(k)!=new.get(k)]
+
 # %% ../nbs/00aa_record.ipynb #looks-new
 def _looks_new(folder:Path)->bool:
     "Whether a folder holds nothing yet but papermill's copy of the notebook, which may come first"
@@ -86,11 +91,10 @@ def check_same(
     except ValueError:
         if has_begun(folder): raise
         return False
-    names = sorted({*config, *(old if whole else ())}-{'notes'})
-    unlike = [f'{k}: {old.get(k)!r} there, {config.get(k)!r} now' for k in names if old.get(k)!=config.get(k)]
+    unlike = _unlike(old, config, whole)
     if not old or (unlike and not has_begun(folder)): return False
     if not unlike: return True
-    rest = [line for line in unlike if not line.startswith(('fingerprint:','labels:'))]
+    rest = [f'{k}: {old.get(k)!r} there, {config.get(k)!r} now' for k in unlike if k not in ('fingerprint','labels')]
     what = 'on other data or footage' if len(rest)<len(unlike) else ''
     if rest: what += f'{" and " if what else ""}with other parameters ({"; ".join(rest)})'
     raise ValueError(f'{folder} holds a run {what}; give this run another name or delete that folder')
@@ -124,7 +128,7 @@ def refuse_more(
     "Say how to go on from a finished run"
     if read_scores(folder) is None: return
     old,new = read_config(folder),json.loads(json.dumps(config))
-    unlike = [k for k in sorted({*new, *old}-{'notes'}) if new.get(k)!=old.get(k)]
+    unlike = _unlike(old, new, True)
     if not unlike or not {*unlike}<={'minutes','steps'}: return
     told = ', '.join(f'{k}: {old.get(k)}, not {new.get(k)}' for k in unlike)
     raise ValueError(f'{folder} is finished ({told}) and is not extended; to go on from its weights, give it as the '

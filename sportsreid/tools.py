@@ -9,7 +9,7 @@ __all__ = ['data', 'compare', 'adapt', 'teams']
 import hashlib
 from pathlib import Path
 from fastcore.script import Param
-from .checks import check_minutes
+from .checks import check_minutes, check_seed
 from .core import project_path, short_path, write_whole
 from .networks import local_network
 from .refusals import check_footage, check_new, check_writable
@@ -63,12 +63,12 @@ def compare(
 def _check_adapting(minutes:float, rounds:int, seed:int)->None:
     "Refuse numbers before crops are cut"
     if rounds<1: raise ValueError(f'rounds is how many there are, 1 or more, not {rounds}')
-    if seed<0: raise ValueError(f'seed is a whole number of 0 or more, not {seed}')
+    check_seed(seed)
     check_minutes(minutes)
 
 def _footage(folder:Path, frames:str, tracks:str, cuts:str):
     "The tracklets of footage, their crops in a folder of their own for each run and footage"
-    from sportsreid.boxes_fit import open_boxes, parse_cuts  # brings torch from here on
+    from sportsreid.boxes_fit import open_boxes, parse_cuts  # refuses before torch is brought
     rows,_ = open_boxes(frames, tracks, parse_cuts(cuts))
     from sportsreid.own_footage import tracklets
     known = '|'.join(map(str, (folder, project_path(frames), project_path(tracks), cuts)))

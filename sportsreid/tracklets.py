@@ -7,10 +7,10 @@ __all__ = ['LONGEST', 'TRIM', 'shot_of', 'number_tracklets', 'same_frame', 'seen
            'pick_crops', 'tracklet_features']
 
 # %% ../nbs/09f_tracklets.ipynb #imports
-from collections.abc import Iterable
 import numpy as np, pandas as pd
 from numpy import ndarray
-from .checks import check_kind, is_count
+from .boxes_fit import as_cuts
+from .checks import is_count
 from .tracks import check_on_track
 
 # %% ../nbs/09f_tracklets.ipynb #tracklets-code
@@ -19,10 +19,7 @@ def shot_of(
     cuts:list[int],  # first frame of each shot but the first
 )->ndarray:  # (N,) number of each frame's shot, from 0
     "Which shot a frame is in"
-    cuts = list(check_kind(cuts, Iterable, 'cuts', 'a list of frame numbers'))
-    bad = [c for c in cuts if not is_count(c, 0)]
-    if bad: raise ValueError(f'A cut is the number of the first frame of a shot, not {bad[0]!r}')
-    return np.searchsorted(np.sort(cuts), np.asarray(frames), side='right')
+    return np.searchsorted(np.sort(as_cuts(cuts)), np.asarray(frames), side='right')
 
 def number_tracklets(
     rows:pd.DataFrame,  # boxes on tracks: columns of MOT_COLUMNS
