@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['project_root', 'project_path', 'short_path', 'results_path', 'temporary_path', 'left_over', 'write_whole',
            'check_disk', 'locked', 'hold_lock', 'first_line', 'in_a_sentence', 'mix_seed', 'seeded', 'this_rank',
-           'single_thread', 'share_cores', 'threads_used', 'clock', 'progress', 'note_once', 'notes_later', 'counted',
-           'lazy_names']
+           'single_thread', 'share_cores', 'threads_used', 'spin_note', 'clock', 'progress', 'note_once', 'notes_later',
+           'counted', 'lazy_names']
 
 # %% ../nbs/00a_core.ipynb #imports
 import contextlib, importlib, os, platform, random, re, shutil, sys, time
@@ -230,6 +230,15 @@ def threads_used()->dict:  # threads; waiting: how they wait, '' where the syste
     names = 'OMP_WAIT_POLICY','GOMP_SPINCOUNT','KMP_BLOCKTIME'
     waiting = ' '.join(f'{k}={os.environ[k]}' for k in names if k in os.environ)
     return dict(threads=torch.get_num_threads(), waiting=waiting)
+
+# %% ../nbs/00a_core.ipynb #spin-note
+def spin_note()->str:  # '' where threads sleep, or nothing else computes
+    "What to do about threads that spin beside other programs"
+    how = threads_used()
+    busy = sys.platform=='linux' and os.getloadavg()[0]>=how['threads']>1
+    if how['waiting'] or not busy: return ''
+    return ('NOTE: other programs are busy, and torch was loaded before sportsreid, so its waiting threads spin and '
+            'slow everything down; import sportsreid before torch, or set GOMP_SPINCOUNT=1000')
 
 # %% ../nbs/00a_core.ipynb #clock
 def clock(

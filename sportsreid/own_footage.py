@@ -8,7 +8,7 @@ __all__ = ['LOOK', 'BLOCK', 'window_starts', 'Limits', 'outside_share', 'box_fau
 
 # %% ../nbs/09i_footage_table.ipynb #imports
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np, pandas as pd, torch.nn.functional as F
 from numpy import ndarray
@@ -127,13 +127,17 @@ class Tracklets:
     together:ndarray          # (P,2) pids that were seen in one frame, so are two people
     left_out:dict[str,int]    # boxes left out, by reason
     boxes:int                 # that were given
+    unseen:dict[int,str] = field(default_factory=dict)  # ids that have no crop here, and why
 
     def __repr__(self):
         reasons = ', '.join(f'{n} {why}' for why,n in self.left_out.items() if n) or 'none'
         counts = self.crops[['pid','action']].nunique()
-        return (f'{counted(len(self.crops), "crop")} of {counted(counts.pid, "tracklet")} in '
-                f'{counted(counts.action, "window")}, {counted(len(self.together), "pair")} of tracklets seen together; '
-                f'of {counted(self.boxes, "box", "boxes")} left out: {reasons}')
+        unseen = ', '.join(f'{i} ({why})' for i,why in list(self.unseen.items())[:8])
+        more = f' and {len(self.unseen)-8} more' if len(self.unseen)>8 else ''
+        nobody = f'; nothing left of {"ids" if len(self.unseen)>1 else "id"} {unseen}{more}' if unseen else ''
+        crops,pairs = counted(len(self.crops), 'crop'),counted(len(self.together), 'pair')
+        return (f'{crops} of {counted(counts.pid, "tracklet")} in {counted(counts.action, "window")}, {pairs} of '
+                f'tracklets seen together; of {counted(self.boxes, "box", "boxes")} left out: {reasons}{nobody}')
 
 def number_anew(
     crops:pd.DataFrame,  # crop table
@@ -219,6 +223,12 @@ def tracklets(
     return _made(rows, faults, together, cut, limits)
 
 # %% ../nbs/09i_footage_table.ipynb #made
+def _unseen(rows:pd.DataFrame, faults:pd.DataFrame, crops:pd.DataFrame)->dict[int,str]:
+    "Ids without a crop, and the fault that most of their boxes have"
+    gone = ~rows.id.isin(crops.id)
+    counts = faults[gone.to_numpy()].groupby(rows.id[gone].to_numpy()).sum()
+    return counts.idxmax(axis=1).where(counts.any(axis=1), 'blurred').to_dict()
+
 def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataFrame, limits:Limits)->Tracklets:
     "The crops that are good, and what was left out"
     first = faults.to_numpy().cumsum(1).cumsum(1)==1      # a box counts under its first fault
@@ -234,7 +244,7 @@ def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataF
         seen = counted(len(together), 'pair of them was', 'pairs of them were')
         raise ValueError(f'{good} two good crops and {seen} seen together; learning needs two of the one and one of the '
                          'other: give more frames, or other limits')
-    return Tracklets(check_crops(crops), together, left_out, len(rows))
+    return Tracklets(check_crops(crops), together, left_out, len(rows), _unseen(rows, faults, crops))
 
 # %% ../nbs/09i_footage_table.ipynb #some
 class SomeCrops:

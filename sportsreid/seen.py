@@ -6,6 +6,7 @@
 __all__ = ['SeenPairs', 'class_pairs', 'SeenInfoNCE', 'hold_out', 'rank_held', 'purity', 'without_mixed']
 
 # %% ../nbs/09ia_seen.ipynb #imports
+from dataclasses import replace
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
@@ -132,4 +133,5 @@ def without_mixed(
     good = torch.as_tensor(pure).numpy()[found.crops.pid]>=0
     crops,together = number_anew(found.crops[good].reset_index(drop=True), found.together)
     if not len(together): raise ValueError('No two pure tracklets were seen together; give more frames')
-    return Tracklets(crops, together, found.left_out | {'of mixed tracklets': int((~good).sum())}, found.boxes)
+    left_out = found.left_out | {'of mixed tracklets': int((~good).sum())}
+    return replace(found, crops=crops, together=together, left_out=left_out)

@@ -7,6 +7,7 @@ __all__ = ['LEAST', 'PAIRS', 'best_cut', 'change_points', 'alike_limit', 'mixed_
            'swap_some', 'stripes8', 'pure_part']
 
 # %% ../nbs/09ic_split.ipynb #imports
+from dataclasses import replace
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
@@ -114,7 +115,8 @@ def split_mixed(
     kept,together = number_anew(parts[good].reset_index(drop=True), pairs)
     if not len(together): raise ValueError('No two pure tracklets were seen together; give more frames')
     left_out = found.left_out | {'of mixed tracklets': int((~good).sum())}
-    return Tracklets(check_crops(kept), np.unique(np.sort(together, axis=1), axis=0), left_out, found.boxes)
+    together = np.unique(np.sort(together, axis=1), axis=0)
+    return replace(found, crops=check_crops(kept), together=together, left_out=left_out)
 
 # %% ../nbs/09ic_split.ipynb #swap-some
 def swap_some(
@@ -138,7 +140,7 @@ def swap_some(
         for one,other in ((a[i],b[i]), (b[i],a[i])):
             pid[late & (crops.pid.to_numpy()==one)] = other
             changed[int(one)] = when
-    return Tracklets(crops.assign(pid=pid), found.together, found.left_out, found.boxes), changed
+    return replace(found, crops=crops.assign(pid=pid)), changed
 
 # %% ../nbs/09ic_split.ipynb #stripes8
 def stripes8(
@@ -170,4 +172,6 @@ def pure_part(
         pairs.append(part.together+n)
         left,n = left+part.left_out.get('of mixed tracklets', 0),int(parts[-1].pid.max())+1
     crops,together = pd.concat(parts, ignore_index=True),np.concatenate(pairs)
-    return Tracklets(crops, together, found.left_out | {'of mixed tracklets': left}, found.boxes)
+    left_out = found.left_out | {'of mixed tracklets': left}
+    unseen = dict.fromkeys(sorted({*found.crops.id}-{*crops.id}), 'mixed')
+    return replace(found, crops=crops, together=together, left_out=left_out, unseen=found.unseen | unseen)

@@ -201,7 +201,7 @@ def show_teams(
 def id_teams(
     found:Tracklets,     # of your footage
     sides:pd.DataFrame,  # from `tracklet_teams`
-)->pd.DataFrame:  # a row for each id of the tracker: group, kind (team, other, unsure), mean score, crops
+)->pd.DataFrame:  # a row for each id of the tracker: group, kind (team, other, unsure, unseen), mean score, crops
     "Which team each id of a tracker plays for"
     _check_sides(found, sides)
     rows = found.crops[['id','pid']].merge(sides, left_on='pid', right_index=True)
@@ -210,4 +210,6 @@ def id_teams(
     best = votes.reset_index().sort_values(['sure','crops'], ascending=False, kind='stable').drop_duplicates('id')
     kinds = sides[sides.kind!='unsure'].groupby('group').kind.first()
     best['kind'] = np.where(best.sure>0, best.group.map(kinds), 'unsure')
-    return best.sort_values('id')[['id','group','kind','score','crops']].round(3).reset_index(drop=True)
+    unseen = pd.DataFrame(dict(id=list(found.unseen), group=-1, kind='unseen', score=np.nan, crops=0))
+    every = pd.concat([best[[*unseen]], unseen]) if len(unseen) else best[[*unseen]]
+    return every.sort_values('id').round(3).reset_index(drop=True)

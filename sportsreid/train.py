@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .checks import is_count
 from .checkpoints import Progress, Reporter, RunLog, SpeedWatch, load_state, save_state, validate
-from .core import lazy_names, mix_seed
+from .core import lazy_names, mix_seed, spin_note
 from .images import CropFiles, PackedCrops, load_batches, normalise
 from .learner import Learner, Ranks
 from .losses import Batch
@@ -242,6 +242,13 @@ def after_epoch(self:RunWriter,
     self.reporter.reset()  # validation is no part of the speed
     return at
 
+# %% ../nbs/05b_loop.ipynb #say-start
+def _say_start(at:Progress, device:str|torch.device)->None:
+    "Print where a run continues, and what slows it down"
+    note = spin_note() if torch.device(device).type=='cpu' else ''
+    if note: print(note)
+    if at.step: print(f'continuing in epoch {at.epoch+1} after step {at.step}')
+
 # %% ../nbs/05b_loop.ipynb #train
 def train(
     folder:str|Path,         # run folder, made by `open_run`
@@ -261,7 +268,7 @@ def train(
         at = load_state(folder, learner)
         held.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         if rank==0:
-            if at.step: print(f'continuing in epoch {at.epoch+1} after step {at.step}')
+            _say_start(at, batches.device)
             asked = held.enter_context(stop_asked()) if ranks==1 else threading.Event()
             writer = RunWriter(folder, learner, length, at, asked)
             held.enter_context(contextlib.closing(writer.log))
