@@ -31,7 +31,7 @@ from .inputs import cut_boxes, lie_outside, read_frame
 from .models import ReIDModel
 from .pairing import assign, check_unit, leave_out, top_rows
 from .calibrate import Thresholds, network_print, read_thresholds
-from .named import Features, check_network, name_of
+from .named import Features, check_network, name_of, thresholds_of
 
 # %% ../nbs/09d_identify.ipynb #engines
 def cache_folder()->Path:  # $SPORTSREID_CACHE, or ~/.cache/sportsreid
@@ -150,7 +150,7 @@ def embed_list(self:Embedder,
     batches = load_batches(given, rows, self.device) if len(rows)>1 else [(r, given[r]) for r in rows]
     label = f'features of {n} images, batches of {self.batch_size}'
     for r,ims in progress(batches, label, total=len(rows)): out[r] = _unit_rows(self.embed_pixels(ims), first+r[0])
-    return Features(out, self.model)
+    return Features(out, self.model, self.thresholds)
 
 # %% ../nbs/09d_identify.ipynb #embedder-call
 @patch
@@ -170,7 +170,7 @@ def embed_frame(self:Embedder,
     there = ~gone if outside=='zero' else np.ones(len(boxes), bool)
     feats = np.zeros((len(boxes),self.dim), np.float32)
     feats[there] = self.embed_list(cut_boxes(pixels, boxes[there], 'rgb', outside), 'rgb')
-    return Features(feats, self.model)
+    return Features(feats, self.model, self.thresholds)
 
 # %% ../nbs/09d_identify.ipynb #embedder-call-itself
 @patch
@@ -190,7 +190,7 @@ def __call__(self:Embedder,
     if not hasattr(images, '__next__'): return self.embed_list(as_list(images), order)
     parts = [np.zeros((0,self.dim), np.float32)]
     while chunk := list(islice(images, 4096)): parts.append(self.embed_list(chunk, order, sum(map(len, parts))))
-    return Features(np.concatenate(parts), self.model)
+    return Features(np.concatenate(parts), self.model, self.thresholds)
 
 # %% ../nbs/09d_identify.ipynb #matches
 class Candidate(NamedTuple):
@@ -258,10 +258,11 @@ def match(
     threshold:float|None=None,     # lowest cosine to accept; None: that of `calibration` for 1% false matches
     k:int=5,                       # candidates for each query
     one_to_one:bool=False,         # whether a gallery row may be the best of one query only
-    calibration:Thresholds|None=None,  # of the network, such as `embedder.thresholds`; None: no probability
+    calibration:Thresholds|None=None,  # of the network, such as `embedder.thresholds`; None: those that the features carry
     skip:ndarray|None=None,        # (Q,) gallery row that each query must not find, such as itself; -1 for none
 )->Matches:
     "Candidates for each query, and the best one if it is similar enough"
+    calibration = calibration or thresholds_of(query_feats, gallery_feats)
     name = _one_network(name_of(query_feats), name_of(gallery_feats), calibration)
     query,gallery = check_unit(query_feats, 'query'), check_unit(gallery_feats, 'gallery')
     if query.shape[1]!=gallery.shape[1] and len(query) and len(gallery):
