@@ -8,6 +8,7 @@ __all__ = ['KIND', 'MATCH_RATES', 'TOOLS', 'write_features', 'read_features', 'i
 
 # %% ../nbs/09ea_commands.ipynb #imports
 import json  # torch and all that needs it is imported where it is used, so that help comes at once
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -264,6 +265,16 @@ def calibrate(
         print(f'resize {t.resize}, equal error rate {t.eer["value"]:.1%}:\n{t.table().to_string()}')
     return run/'thresholds.json'
 
+# %% ../nbs/09ea_commands.ipynb #read-tool
+def _read_tool(command:str, parser:ArgumentParser, words:list[str])->Namespace:
+    "Parse the words after a command; a ValueError in one line, where argparse would print its usage and leave"
+    def refuse(said): raise ValueError(f'{command}: {said}; sportsreid_run {command} --help says what it takes')
+    parser.error = refuse
+    given,unknown = parser.parse_known_args(words)
+    names = ' '.join(f'--{name}' for name in vars(given) if name!='pdb' and parser.get_default(name) is not None)
+    if unknown: refuse(f'{unknown[0]!r} is not known here; its options are {names}')
+    return given
+
 # %% ../nbs/09ea_commands.ipynb #run-tool
 TOOLS:dict[str,Callable] = dict(embed=embed, match=match, export=export, calibrate=calibrate,
                                 compare=compare, data=data, adapt=adapt, teams=teams)
@@ -276,7 +287,7 @@ def run_tool(
     "Do what a command line says"
     parser = anno_parser(TOOLS[command], prog=f'sportsreid_run {command}')
     parser.epilog = f'example: {example}' if example else None
-    given = vars(parser.parse_args(words))
+    given = vars(_read_tool(command, parser, words))
     given = {k: v for k,v in given.items() if k not in ('pdb','xtra')}  # fastcore's own
     try: TOOLS[command](**given)
     except ImportError as e:

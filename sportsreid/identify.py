@@ -258,7 +258,7 @@ def match(
     threshold:float|None=None,     # lowest cosine to accept; None: that of `calibration` for 1% false matches
     k:int=5,                       # candidates for each query
     one_to_one:bool=False,         # whether a gallery row may be the best of one query only
-    calibration:Thresholds|None=None,  # of the network, such as `embedder.thresholds`; None: those that the features carry
+    calibration:Thresholds|None=None,  # such as `embedder.thresholds`; None: those that the features carry
     skip:ndarray|None=None,        # (Q,) gallery row that each query must not find, such as itself; -1 for none
 )->Matches:
     "Candidates for each query, and the best one if it is similar enough"

@@ -121,7 +121,8 @@ def teams(
     rows = id_teams(found, sides)
     with write_whole(table) as tmp: rows.to_csv(tmp, index=False)
     with write_whole(table.with_suffix('.jpg')) as tmp: show_teams(found, sides).savefig(tmp, format='jpg')
-    if found.unseen: print(f'unseen: {", ".join(f"id {i} (all boxes left out, mostly {why})" for i,why in found.unseen.items())}')
+    unseen = ', '.join(f'{i} ({why})' for i,why in found.unseen.items())
+    if unseen: print(f'unseen, without a clear box: ids {unseen}')
     for (group,kind),part in rows[rows.kind!='unseen'].groupby(['group','kind']):
         print(f'group {group} ({kind}): ids {", ".join(map(str, part.id))}')
     print(f'table: {short_path(table)}; look at {short_path(table.with_suffix(".jpg"))}')
