@@ -207,7 +207,7 @@ def __repr__(self:Adapted)->str:
     went = ' to '.join(f'{100*s["mAP"]:.1f}' for s in (self.before,self.after))
     tie = 'players lie farther apart than before, so ' if self.after['mAP']<=self.before['mAP'] else ''
     kept = f'{tie}the new weights are kept' if self.gained else 'nothing was gained, so the old weights are kept'
-    if self.gain is not None:
+    if self.gain is not None and any(abs(end)>=5e-4 for end in self.gain):
         low,high = (100*end for end in self.gain)
         chance = ', which may be chance' if self.after['mAP']!=self.before['mAP'] and low<=0<=high else ''
         went += f' ({low:+.1f} to {high:+.1f}{chance})'

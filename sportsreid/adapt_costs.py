@@ -42,7 +42,7 @@ def made_tracklets(
     "Tracklets of such a match"
     row = np.arange(n//PICKED*PICKED)
     pid = row//PICKED
-    crops = pd.DataFrame(dict(path=[f'{i}.png' for i in row], pid=pid, action=pid//PLAYERS, role='train',
+    crops = pd.DataFrame(dict(path=[f'{i}.png' for i in row], pid=pid, id=pid, action=pid//PLAYERS, role='train',
                               frame=pid//PLAYERS*FRAMES+row%PICKED*3))
     a,b = np.triu_indices(PLAYERS, 1)
     pairs = (np.arange(0, pid[-1]+1, PLAYERS)[:,None,None]+np.stack([a,b], 1)).reshape(-1, 2)
@@ -83,7 +83,7 @@ def table_of_boxes(
 
 # %% ../nbs/10f_adapt_costs.ipynb #purity-costs
 def _small_network()->ReIDModel:
-    "The shipped network for small crops"
+    "The shipped network tiny, for small crops"
     model = open_network(find_network('tiny'))
     model.spec['size'] = list(SIZE)
     return model

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 import numpy as np, pandas as pd
 from .checks import check_kind, is_count
-from .core import counted, project_path
+from .core import counted, note_once, project_path
 from .cut import check_length, read_frames
 from .tracks import check_mot, read_mot
 
@@ -58,6 +58,9 @@ def check_fit(
     over = [(rows[edge]+rows[length]-most)/rows[length] for edge,length,most in
             (('left','width',size[0]), ('top','height',size[1]))]
     far = (over[0]>OUTSIDE) | (over[1]>OUTSIDE) | (rows.left<-rows.width) | (rows.top<-rows.height)
+    if 0<far.mean()<=.25:
+        note_once(f'{counted(far.sum(), "box reaches", "boxes reach")} far outside the frames, first: frame '
+                  f'{rows.frame[far].iloc[0]}, id {rows.id[far].iloc[0]}; what is outside shows nobody')
     if far.mean()>.25:
         raise ValueError(f'{far.sum()} of {counted(len(rows), "box", "boxes")} reach far outside the frames of '
                          f'{size[0]}x{size[1]}; are the columns frame, id, left, top, width, height, and not right and '

@@ -7,6 +7,7 @@ __all__ = ['broken_tracks', 'Footage', 'open_footage', 'show_frames', 'embed_foo
            'write_followed']
 
 # %% ../nbs/09fe_footage.ipynb #imports
+import json
 from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -19,7 +20,7 @@ from .follow import Followed, write_tracks
 from .identify import Embedder
 from .match import match_cuts, simulate_match
 from .provenance import ready_folder
-from .refusals import RESULTS, check_footage
+from .refusals import RESULTS, check_followed, check_footage, kept_settings
 from .sightings import embed_boxes, find_cuts
 from .tracklets import number_tracklets, pick_crops
 from .tracks import check_on_track, read_mot
@@ -57,6 +58,7 @@ def open_footage(
     "Read tracks and cuts of a match, or draw a match"
     cuts,out = parse_cuts(values['cuts']),project_path(values['out'])
     check_footage(*(values[name] for name in ('frames','tracks','out','cuts')))
+    check_followed(values)
     if values['frames']:
         source = project_path(values['frames'])
         rows,_ = open_boxes(source, values['tracks'], cuts)
@@ -144,11 +146,13 @@ def name_joins(
 def write_followed(
     footage:Footage,    # opened
     followed:Followed,  # of its rows
+    values:dict,        # every setting of `parameters.FOLLOW`
 )->list[Path]:  # tracks.txt, boxes.csv and joins.csv
     "Write followed players"
     files = [footage.out/name for name in RESULTS]
     write_tracks(followed, files[0])
     for file,table in zip(files[1:], (followed.rows, name_joins(followed))):
         with write_whole(file) as tmp: table.to_csv(tmp, index=False)
+    with write_whole(footage.out/'settings.json') as tmp: tmp.write_text(json.dumps(kept_settings(values), indent=1))
     print('written: '+', '.join(map(short_path, files)))
     return files

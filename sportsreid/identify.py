@@ -54,7 +54,7 @@ def open_graph(
     kept = cache_folder()/f'{named}.onnx'
     found = _graph_of(folder/'embed.onnx', named) or _graph_of(kept, named)
     if found: return found
-    print(f'writing an ONNX graph of {model.spec["arch"]}, once: {kept}', flush=True)
+    print(f'writing an ONNX graph of {folder.name}, once: {kept}', flush=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_graph(ByteGraph(model), drawn_crops(model.spec['size'], model.spec['fit']), kept, graph_notes(model))
     return OnnxGraph(kept)

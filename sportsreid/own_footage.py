@@ -173,8 +173,8 @@ def _open_rows(frames:Path, tracks:str|Path|pd.DataFrame, cuts:list[int]|None)->
     rows = rows[rows.id>=0].reset_index(drop=True)
     if not len(rows): raise ValueError('No box is on a track (all ids are -1); run a tracker first')
     if rows.id.nunique()==1:
-        raise ValueError(f'All {counted(len(rows), "box is", "boxes are")} of one id, {rows.id[0]}; learning needs two '
-                         'people in one frame')
+        raise ValueError(f'All {counted(len(rows), "box is", "boxes are")} of one id, {rows.id[0]}; give the tracks of '
+                         'everybody in the picture, since who is seen together is known to be two people')
     return rows, size
 
 def _picked(rows:pd.DataFrame, bad:ndarray, most:int, starts:list[int])->ndarray:
@@ -214,7 +214,9 @@ def tracklets(
     starts = window_starts(rows.frame.to_numpy(), cuts, window)
     numbers = number_tracklets(rows, starts)
     together = cannot_link(rows, numbers, hidden_share(rows)<=limits.hidden)
-    if not len(together): raise ValueError('No two tracklets are seen in one frame, so nothing says who are two people')
+    if not len(together):
+        raise ValueError('No two tracklets are seen in one frame, so nothing says who are two people; give the tracks '
+                         'of everybody in the picture')
     faults = box_faults(rows, *size, limits)
     bad = faults.any(axis=1).to_numpy()
     picked = _picked(rows, bad, most, starts)
@@ -242,8 +244,8 @@ def _made(rows:pd.DataFrame, faults:pd.DataFrame, together:ndarray, cut:pd.DataF
     if pairs<2 or not len(together):
         good = counted(pairs, 'tracklet has', 'tracklets have')
         seen = counted(len(together), 'pair of them was', 'pairs of them were')
-        raise ValueError(f'{good} two good crops and {seen} seen together; learning needs two of the one and one of the '
-                         'other: give more frames, or other limits')
+        raise ValueError(f'{good} two good crops and {seen} seen together; two and one are needed: give more '
+                         'frames, or other limits')
     return Tracklets(check_crops(crops), together, left_out, len(rows), _unseen(rows, faults, crops))
 
 # %% ../nbs/09i_footage_table.ipynb #some

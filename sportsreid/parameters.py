@@ -256,6 +256,7 @@ FOLLOW = dict(
     adapt     = Setting(bool, False, 'first train the network further on these tracklets, a minute a round'),
     adapt_rounds = Setting(int, 1, 'rounds of that, each learning from links across cuts', '[1,inf)'),
     out       = Setting(str, 'runs/follow', 'folder of the results'),
+    overwrite = Setting(bool, False, 'replace results that were made with other settings'),
     device    = SHARED['device'],
 )
 SETTINGS = dict(train=TRAIN, evaluate=EVALUATE, soup=SOUP, follow=FOLLOW)

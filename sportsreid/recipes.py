@@ -258,6 +258,9 @@ def find_run(
     if config := read_config(folder):
         command = train_command(config['notes'].get('given') or dict(run=run))
         raise NoRun(f'{short_path(folder)} has not been validated yet; go on with its training first: {command}')
+    inside = [short_path(p.parent) for p in sorted(folder.glob('*/model.json'))]
+    if inside: raise NoRun(f'{short_path(folder)} is no run folder, but holds some; name one: '
+                           f'{", ".join(inside)}')
     command = train_command(dict(arch='tiny', **(dict(run=run) if run else {})))
     raise NoRun(f'there is no run folder {short_path(folder)} with a network'
                 f'{nearest(short_path(folder), [short_path(p.parent) for p in made])}; train it first: {command}')

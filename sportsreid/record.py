@@ -57,7 +57,7 @@ def finished_scores(
     "The scores of a run of one kind"
     scores = read_scores(folder)
     if scores is None or key in scores: return scores
-    raise ValueError(f'{folder} holds a run {what}; give another name')
+    raise ValueError(f'{folder} holds a run {what}; give another folder')
 
 # %% ../nbs/00aa_record.ipynb #unlike
 def _unlike(old:dict, new:dict, whole:bool)->list[str]:
@@ -97,7 +97,8 @@ def check_same(
     rest = [f'{k}: {old.get(k)!r} there, {config.get(k)!r} now' for k in unlike if k not in ('fingerprint','labels')]
     what = 'on other data or footage' if len(rest)<len(unlike) else ''
     if rest: what += f'{" and " if what else ""}with other parameters ({"; ".join(rest)})'
-    raise ValueError(f'{folder} holds a run {what}; give this run another name or delete that folder')
+    raise ValueError(f'{folder} holds a run {what}; give another folder (train and adapt: --run, follow: --out), or '
+                     'delete that one')
 
 # %% ../nbs/00aa_record.ipynb #open-run
 def open_run(

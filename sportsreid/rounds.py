@@ -125,10 +125,11 @@ def _write_rounds(done:Rounds):
 def _open_rounds(folder:Path, config:dict, **notes):
     "Make the folder, or open one that was asked for as many rounds or fewer"
     there,rounds = read_config(folder).get('rounds', config['rounds']),config['rounds']
-    if is_count(there) and there>rounds:
-        raise ValueError(f'{folder} was asked for {there} rounds; ask for as many or more, or give another run')
     refuse_more(folder, {**config, 'rounds': there})
-    open_run(folder, {**config, 'rounds': there}, **notes)
+    open_run(folder, {**config, 'rounds': there}, **notes)  # refuses another run before rounds are counted
+    if is_count(there) and there>rounds:
+        raise ValueError(f'{folder} was asked for {there} rounds; ask for as many or more, or choose another folder '
+                         '(adapt: --run, follow: --out)')
 
 def _ask_for(folder:Path, rounds:int):
     "Note how many rounds are wanted now"

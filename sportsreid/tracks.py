@@ -23,10 +23,10 @@ def _what_is_wrong(texts:pd.DataFrame, bad:pd.Series)->str:
     "Which row holds no numbers, and what to do about it"
     first = texts[bad].iloc[0]
     named = f'{_rows(bad)}, first: {",".join(first.fillna("").astype(str))}'
-    if bad.iloc[0] and first.notna().all() and pd.to_numeric(first, errors='coerce').isna().all():
-        return f'{named}; remove the line of headings'
-    lacks = [MOT_COLUMNS[i] for i in np.flatnonzero(pd.to_numeric(first, errors='coerce').isna())]
-    return f'{named}, lacks {", ".join(lacks)}; mend or remove such lines'
+    lost = pd.to_numeric(first, errors='coerce').isna()
+    if bad.iloc[0] and first.notna().all() and lost.all(): return f'{named}; remove the line of headings'
+    wrong = [f'has no {n}' if pd.isna(t) else f'{n} is {t!r}' for n,t,no in zip(MOT_COLUMNS, first, lost) if no]
+    return f'{named}: {", ".join(wrong)}; mend or remove such lines'
 
 def _mot_numbers(path:Path)->pd.DataFrame:
     "The first seven columns of a file as numbers"
