@@ -46,8 +46,9 @@ def write_features(
 
 def read_features(
     path:str|Path,  # that `write_features` wrote
-)->tuple[np.ndarray,list[str],dict]:  # (N,D) `Features`, paths, and model and calibration
+)->tuple[np.ndarray,list[str]]:  # (N,D) `Features`, which carry network and thresholds, and paths
     "Read a file of features"
+    from sportsreid.calibrate import Thresholds
     from sportsreid.gallery import read_arrays
     from sportsreid.named import Features
     arrays,told = read_arrays(path, KIND)
@@ -55,7 +56,8 @@ def read_features(
     paths = names.split('\0') if len(arrays['features']) else []
     if len(paths)!=len(arrays['features']):
         raise ValueError(f'{path} holds {len(arrays["features"])} features of {len(paths)} images; write it again')
-    return Features(arrays['features'], told['model']), paths, told
+    known = Thresholds(**told['calibration']) if told['calibration'] else None
+    return Features(arrays['features'], told['model'], known), paths
 
 # %% ../nbs/09ea_commands.ipynb #embed
 def images_below(
@@ -152,13 +154,13 @@ class _Sides:
 
     def read(self, side:str)->tuple[np.ndarray,list[str]]:
         "Features and paths of a folder or a file"
-        if side in self.files: return self.files[side][:2]
+        if side in self.files: return self.files[side]
         paths = images_below(side)
         return embed_files(self.embedder, paths), paths
 
     def model(self)->str:
         "The one network of all sides; a ValueError names two"
-        names = {s: told['model'] for s,(*_,told) in self.files.items()}
+        names = {s: feats.model for s,(feats,_) in self.files.items()}
         if self.embedder: names[f'--model {self.source}'] = self.embedder.model
         if len({n.rpartition('@')[2] for n in names.values()})<2: return next(iter(names.values()))
         listed = ' and '.join(f'{s} is of {n}' for s,n in names.items())
@@ -166,10 +168,8 @@ class _Sides:
 
     def calibration(self):
         "Thresholds of that network; None where none were measured"
-        from sportsreid.calibrate import Thresholds
-        if self.embedder: return self.embedder.thresholds
-        kept = next((told['calibration'] for *_,told in self.files.values() if told['calibration']), None)
-        return Thresholds(**kept) if kept else None
+        from sportsreid.named import thresholds_of
+        return self.embedder.thresholds if self.embedder else thresholds_of(*(feats for feats,_ in self.files.values()))
 
 # %% ../nbs/09ea_commands.ipynb #match
 def match(

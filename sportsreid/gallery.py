@@ -244,7 +244,8 @@ def read_arrays(
         with safe_open(path, 'np') as f:
             arrays = {k: f.get_tensor(k) for k in f.keys()}
             told = {k: json.loads(v) for k,v in (f.metadata() or {}).items() if k!='format'}
-    except Exception as e: raise ValueError(f'{path} cannot be read ({first_line(e)}); write it again') from e
+    except Exception as e: 
+        raise ValueError(f'{path} cannot be read as {kind} ({first_line(e)}); give another, or write it again') from e
     if told.get('kind')!=kind: raise ValueError(f'{path} is no {kind}; it says {told.get("kind")!r}')
     return arrays, told
 
