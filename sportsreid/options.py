@@ -40,16 +40,19 @@ def first_options(
     command:str,       # train, evaluate, report, soup, follow or sweep
     words:list[str],   # after it
 )->list[str]:  # each with its name; a ValueError if there are too many
-    "Name the words that belong to no option: those before the first, and those after the value of another"
-    options,names = [i for i,word in enumerate(words) if word.startswith('--')],FIRST.get(command, ())
-    n = options[0] if options else len(words)
-    for start,end in zip(options, [*options[1:],len(words)]):
-        value = start+1+('=' not in words[start])   # where its value ends
-        if n==0 and end-value==len(names)>0:
-            n,words = len(names),words[value:end]+words[:value]+words[end:]
-    if n>len(names)>0: raise ValueError(f'{command} takes {" and ".join(names)}, and {words[len(names)]!r} is one more')
+    "Name the words that belong to no option, of which each takes one word"
+    names,loose,named,waiting = FIRST.get(command, ()),[],[],False
     if not names: return words
-    return [word for pair in zip(names, words[:n]) for word in (f'--{pair[0]}', pair[1])]+words[n:]
+    for word in words:
+        if word.startswith('--'): waiting = '=' not in word
+        elif not waiting:
+            loose.append(word)
+            continue
+        else: waiting = False
+        named.append(word)
+    if len(loose)>len(names):
+        raise ValueError(f'{command} takes {" and ".join(names)}, and {loose[len(names)]!r} is one more')
+    return [word for pair in zip(names, loose) for word in (f'--{pair[0]}', pair[1])]+named
 
 # %% ../nbs/05ec_options.ipynb #read-options
 def option_kind(
