@@ -67,7 +67,11 @@ def images_below(
     folder = project_path(folder)
     if folder.is_file(): raise NotADirectoryError(f'{folder} is a file; give the folder of the images, if only of one')
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}')
-    from sportsreid.layouts import note_others, other_images  # brings pandas
+    from sportsreid.clips import find_clips  # brings pandas
+    from sportsreid.layouts import note_others, other_images
+    for clip in find_clips(folder):
+        raise ValueError(f'{clip} is a clip with boxes (gt.txt): its images are frames, not crops; sportsreid_run '
+                         'follow and train take those')
     found = [f'{folder.as_posix()}/{name}' for name in list_images(folder)]
     if not found: raise FileNotFoundError(f'{folder} holds no image (.png, .jpg, .jpeg)'+other_images(folder))
     note_others(folder)
@@ -263,6 +267,8 @@ def calibrate(
     crops = read_layout(root, choose_layout(layout, root, run), split, cache=cache, drop_bad=config.get('drop_bad', False))
     for t in calibrate_run(run, crops):
         print(f'resize {t.resize}, equal error rate {t.eer["value"]:.1%}:\n{t.table().to_string()}')
+        unknown = [f'{float(rate):.1%}' for rate in t.rates if rate not in t.known]
+        if unknown: print(f'too few pairs to know a threshold for {", ".join(unknown)}; give a larger split')
     return run/'thresholds.json'
 
 # %% ../nbs/09ea_commands.ipynb #read-tool

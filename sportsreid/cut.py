@@ -19,7 +19,7 @@ from .core import project_path, temporary_path
 from .data import check_crops, name_rows
 from .files import list_images
 from .splits import cut_actions
-from .tracks import MOT_COLUMNS, check_mot
+from .tracks import MOT_COLUMNS, check_fit, check_mot
 
 # %% ../nbs/01ma_cut.ipynb #numbered-frames
 def _numbered_files(folder:Path)->dict[int,Path]:
@@ -194,7 +194,11 @@ def _cut_anew(rows:pd.DataFrame, source:Path, folder:Path, key:str):
         check_disk(tmp, 3*float((rows.width*rows.height).sum()))
         frames = {n: part for n,part in rows.groupby('frame')}
         images = progress(read_frames(source, list(frames)), f'cutting {source.name}', len(frames))
-        made = pd.concat([_cut_frame(image, frames[n], tmp) for n,image in images])
+        parts = []
+        for n,image in images:
+            if not parts: check_fit(rows, image.size, .5)  # columns of another format would give crops of grass
+            parts.append(_cut_frame(image, frames[n], tmp))
+        made = pd.concat(parts)
         made.to_csv(tmp/'crops.csv', index=False)
         (tmp/'made_of.json').write_text(json.dumps(dict(key=key, source=str(source), boxes=len(rows))))
         if folder.exists(): shutil.rmtree(folder)

@@ -160,6 +160,7 @@ def follow(
 )->Followed:  # ValueError says what is wrong with what was given
     "Join tracklets to players; those without a feature stay alone, and are named"
     check_kind(rows, pd.DataFrame, 'rows', 'a table as read_mot gives it')
+    check_kind(across, (bool,np.bool_), 'across', 'True or False')
     check_rules(threshold, reach)
     more = [c for c in rows if c not in MOT_COLUMNS]
     rows = check_mot(rows).join(rows[more].reset_index(drop=True))

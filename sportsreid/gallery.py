@@ -239,6 +239,7 @@ def read_arrays(
 )->tuple[dict,dict]:  # arrays by name, what the file says of itself; a ValueError says what is wrong
     "Read a file of arrays"
     path = project_path(path)
+    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder; give a file of {kind}')
     if not path.is_file(): raise FileNotFoundError(f'There is no file {path}')
     try:
         with safe_open(path, 'np') as f:

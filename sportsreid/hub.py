@@ -14,10 +14,12 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from .checks import check_kind
 from .core import first_line, project_path, read_scores, write_whole
 from .models import ARCHS, ReIDModel, build
 from .networks import local_network
 from .osnet import OSNet
+from .refusals import check_writable
 from .resize import weight_faults
 from .spec import checked_spec, read_json
 from .calibrate import network_print, read_thresholds, write_thresholds
@@ -79,6 +81,7 @@ def model_card(
     measured=None,          # `Thresholds`
 )->str:  # markdown with the hub's header
     "Say in words what a network is"
+    check_kind(data, str, 'data', 'a sentence on what the network was trained on')
     if not data.strip(): raise ValueError("A model card says what the network was trained on; give data='...'")
     header = yaml.safe_dump(dict(library_name='sportsreid', license=licence, pipeline_tag='image-feature-extraction',
                                  tags=['re-identification','sports',spec['arch']]), sort_keys=False)
@@ -108,17 +111,29 @@ def _config_or_reason(spec:dict)->tuple[dict|None,str]:
     if not spec['timm']: config['note'] = 'reid ends this OSNet in a ReLU: measure thresholds with its features'
     return config, ''
 
+# %% ../nbs/09b_hub.ipynb #check-out
+def _check_out(out:Path, model:ReIDModel, overwrite:bool):
+    "Refuse to write a hub folder over a run, or over another network"
+    check_writable(out)
+    if (out/'best.safetensors').exists() or (out/'config.json').exists():
+        raise FileExistsError(f'{out} is a run folder, and would be spoilt; give another, such as hub/{out.name}')
+    if overwrite or not (out/'weights.safetensors').is_file(): return
+    if network_print(open_network(out))!=network_print(model):
+        raise FileExistsError(f'{out} holds another network; give another folder for out, or overwrite=True')
+
 # %% ../nbs/09b_hub.ipynb #write-folder
 def write_hub_folder(
-    run:str|Path,       # run folder, or any other that `save_model` wrote
+    run:str|Path,       # run folder, any other that `save_model` wrote, a hub folder, or the name of shipped weights
     out:str|Path,       # where to write; made if needed
     data:str,           # what the network was trained on, in words
     licence:str='mit',  # of the weights
     use:str=USE,        # what it is meant for, and what not
-)->Path:  # the folder; prints why there is no reid_config.json if so
+    overwrite:bool=False,  # replace a hub folder of another network
+)->Path:  # the folder; prints why there is no reid_config.json if so; a ValueError or OSError says what is refused
     "Write what others need to use a network"
-    run,out = project_path(run),project_path(out)
-    model = load_model(run).set_pids(None)
+    run,out = local_network(run) or from_pretrained(run),project_path(out)
+    model = open_network(run)
+    _check_out(out, model, overwrite)
     measured = read_thresholds(run, network_print(model))
     card = model_card(model.spec, data, licence, use, read_scores(run), measured)
     config,reason = _config_or_reason(model.spec)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from numpy import ndarray
 from pandas import DataFrame
 from torch import Tensor
-from .checks import is_count, is_number
+from .checks import check_kind, is_count, is_number
 from .core import first_line, lazy_names, note_once, progress
 from .devices import pick_device
 from .export import ByteGraph, OnnxGraph, drawn_crops, graph_notes, write_graph
@@ -29,7 +29,7 @@ from .images import load_batches
 from .inputs import GivenImages, as_list, box_array, check_order, check_outside
 from .inputs import cut_boxes, lie_outside, read_frame
 from .models import ReIDModel
-from .pairing import assign, check_unit, leave_out, top_rows
+from .pairing import assign, check_skip, check_unit, leave_out, top_rows
 from .calibrate import Thresholds, network_print, read_thresholds
 from .named import Features, check_network, name_of, thresholds_of
 
@@ -249,9 +249,19 @@ def _one_network(query:str, gallery:str, calibration:Thresholds|None)->str:
         check_network(given=name, calibration=f'thresholds@{calibration.model}')
     return name
 
-# %% ../nbs/09d_identify.ipynb #match
+# %% ../nbs/09d_identify.ipynb #all-pairs
 MOST_PAIRS = 2**24  # for a one-to-one match
 
+def _all_pairs(query:ndarray, gallery:ndarray, skip:ndarray|None)->ndarray:
+    "(Q,G) cosines, -inf where a query must not find a row; a ValueError if they are too many"
+    if len(query)*len(gallery)>MOST_PAIRS:
+        raise ValueError(f'One-to-one needs all pairs at once, and {len(query)} x {len(gallery)} are too many; '
+                         'match a frame or an action at a time')
+    pairs = query@gallery.T
+    if skip is not None: leave_out(pairs, skip)
+    return pairs
+
+# %% ../nbs/09d_identify.ipynb #match
 def match(
     query_feats:ndarray|Tensor,    # (Q,D) rows of length one, as from an `Embedder`
     gallery_feats:ndarray|Tensor,  # (G,D) rows of length one, of the same network
@@ -269,16 +279,12 @@ def match(
         raise ValueError(f'The query features have {query.shape[1]} columns, the gallery features {gallery.shape[1]}; '
                          'make both with one network')
     if not is_count(k): raise ValueError(f'k is the number of candidates, a whole number from 1 on, not {k!r}')
+    check_kind(one_to_one, (bool,np.bool_), 'one_to_one', 'True or False')
     threshold = accepted(threshold, calibration, name or 'these features')
+    skip = skip if skip is None else check_skip(skip, len(query))
     rows,scores = top_rows(query, gallery, k, skip=skip)
     best = [r[0] if r and s[0]>=threshold else None for r,s in zip(rows.tolist(), scores)]
-    if one_to_one and len(query)*len(gallery)>MOST_PAIRS:
-        raise ValueError(f'One-to-one needs all pairs at once, and {len(query)} x {len(gallery)} are too many; '
-                         'match a frame or an action at a time')
-    if one_to_one and len(gallery):
-        pairs = query@gallery.T
-        if skip is not None: leave_out(pairs, skip)
-        best = assign(pairs, threshold)
+    if one_to_one and len(gallery): best = assign(_all_pairs(query, gallery, skip), threshold)
     return Matches(rows, scores, calibration.probability(scores) if calibration else None, best, threshold)
 
 # %% ../nbs/09d_identify.ipynb #embedder-match

@@ -77,7 +77,7 @@ def decode_crop(
     "Decode one crop at its own size"
     path = os.path.expanduser(path)
     try:
-        if check and os.path.exists(path) and not os.path.isfile(path): raise ValueError('it is not a file')
+        if check and os.path.exists(path) and not os.path.isfile(path): raise ValueError(_no_file(path))
         with open(path, 'rb') as f: data = f.read()
         if check: check_image(data)
         coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -87,6 +87,8 @@ def decode_crop(
     except (RuntimeError, ValueError) as e: raise _no_crop(path, f'cannot be decoded ({first_line(e)})') from e
     if im.dtype==torch.uint16: im = (im.float()/257).round().to(torch.uint8)  # 16 bits a colour
     return im
+
+def _no_file(path:str)->str: return 'it is a folder, and a crop a file' if os.path.isdir(path) else 'it is not a file'
 
 def _no_crop(path:str, why:str)->ValueError: return ValueError(f'The crop {path} {why}; fetch it again or drop its row')
 

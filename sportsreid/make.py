@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from .actions import SAMPLERS
 from .augment import AUGMENTATIONS, PRESETS, Augmentation
 from .contrast import LOSSES, InfoNCE
-from .core import project_path, seeded
+from .core import seeded
 from .devices import gather_rows
 from .learner import BF16, EMA, Accumulate, ChannelsLast, Clip, Compile, Freeze, GatherRows, Ranks
 from .learner import StopAtCollapse
 from .lines import make_term, parse_terms
 from .losses import LossSum, Triplet, as_sum
 from .models import ReIDModel
+from .networks import weights_path
 from .optim import OPTIMIZERS, SCHEDULES, Schedule
 from .parameters import parse_size
 from .sampler import EpochSampler
@@ -84,7 +85,7 @@ def make_network(
     values:dict,  # of the settings
 )->ReIDModel:
     "The network that the settings name, with its first weights"
-    weights = project_path(values['weights']) if values['weights'] else ''
+    weights = weights_path(values['weights']) if values['weights'] else ''
     own = {k: values[k] for k in ('drop_path','neck','pool','fit','metric','colours')}
     with seeded(values['init_seed']):
         size = parse_size(values['size'])

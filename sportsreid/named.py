@@ -30,6 +30,8 @@ class Features(ndarray):
     def __array_finalize__(self, other):
         self.model,self.thresholds = getattr(other, 'model', ''),getattr(other, 'thresholds', None)
 
+    def __reduce__(self): return Features, (np.asarray(self), self.model, self.thresholds)  # for pickle
+
     def __array_wrap__(self, result, context=None, return_scalar=False):
         return result[()] if return_scalar else np.asarray(result)
 

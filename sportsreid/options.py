@@ -34,7 +34,7 @@ def one_word(
     return words[0]
 
 # %% ../nbs/05ec_options.ipynb #first-options
-FIRST = dict(follow=('frames','tracks'))  # what may be given without its name
+FIRST = dict(follow=('frames','tracks'), evaluate=('run',), report=('run',), soup=('runs',))  # without their names
 
 def first_options(
     command:str,       # train, evaluate, report, soup, follow or sweep

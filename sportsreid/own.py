@@ -56,6 +56,8 @@ def find_layout(
     splits = split_folders(root)
     if splits: return 'folders' if _players(splits) else 'soccernet'
     if len(list(root.glob('*.csv')))==1: return 'csv'
+    bare = next((p.parent for depth in ('','*/','*/*/') for p in root.glob(depth+'img1')), None)
+    if bare: raise FileNotFoundError(f'{bare} holds frames (img1) but no boxes; add its gt/gt.txt, or see 09_follow')
     below = _first_image(root)
     if below!=('',) and len(below)<=1: return 'folders'
     if len(below)==2:

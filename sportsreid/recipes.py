@@ -15,7 +15,7 @@ from typing import NamedTuple
 import yaml
 from .core import lazy_names, project_path, project_root, read_config, short_path
 from .lines import nearest
-from .networks import refuse_file
+from .networks import refuse_file, weights_path
 from .parameters import METHOD, NEEDED, NETWORK, RUN, TRAIN, check_settings
 
 # %% ../nbs/05d_recipes.ipynb #recipe-path
@@ -216,11 +216,11 @@ def _digest(file, size, changed):
     return digest.hexdigest()[:12]
 
 def file_hash(
-    path:str|Path,  # of a file, or of a run folder, whose weights are meant; from the project's root on; '': none
+    path:str|Path,  # of a file, of a run folder, whose weights are meant, or a name of shipped weights; '': none
 )->str:  # of its content; the path itself where there is no such file
     "What tells two files of one name apart"
     if not path: return ''
-    file = project_path(path)
+    file = weights_path(path)
     if file.is_dir(): file /= 'best.safetensors'
     if not file.is_file(): return str(path)
     found = file.stat()

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from .core import check_same, in_a_sentence, notes_later, project_path, read_config, read_scores, short_path
 from .lines import nearest, parse_terms
-from .networks import local_network
+from .networks import local_network, weights_path
 from .parameters import SETTINGS
 from .recipes import NoRun, Resolved, deciding, file_hash, find_run, resolve
 
@@ -119,7 +119,7 @@ def check_data(
     lost = [s for s in splits if s not in there]
     if not lost: return
     raise FileNotFoundError(f'there is no {lost[0]} split in {short_path(root)}, which holds {", ".join(there)}; '
-                            'name another split, or another folder with data')
+                            f'name another split, such as --split {there[-1]}, or another folder with data')
 
 # %% ../nbs/05d_refusals.ipynb #check-file
 def check_file(
@@ -251,6 +251,8 @@ def check_recipe(
     if program=='soup': return check_members(values['runs'])
     if program=='follow': return _check_follow(values)
     check_file('checkpoint', values['checkpoint'])
+    if values['checkpoint'] and (project_path(values['checkpoint'])/'model.json').is_file():
+        raise ValueError(f'{values["checkpoint"]} is a run folder; give it as --run')
     check_members(values['also'])
     run = None if values['checkpoint'] else find_run(values['run'])
     check_data(values['split'].split('+'), values['data'], run, values['layout'])
@@ -262,7 +264,7 @@ def check_train(
     values = resolved.values
     check_format(project_path(values['run']))
     if is_done(resolved): return True
-    check_file('file of weights', values['weights'])
+    if values['weights']: check_file('file of weights', str(weights_path(values['weights'])))
     check_data(values['train_on'].split('+'), values['data'], layout=values['layout'])
     check_writable(project_path(values['run']))
     return False

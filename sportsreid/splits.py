@@ -8,6 +8,7 @@ __all__ = ['lasting_players', 'check_apart', 'equal_files', 'check_bytes', 'quer
 
 # %% ../nbs/01k_splits.ipynb #imports
 import numpy as np, pandas as pd
+from .checks import check_kind
 from .core import counted
 from .data import check_crops
 from .files import content_digests, file_stats
@@ -81,6 +82,7 @@ def split_players(
     seed:int=0,          # of the draw
 )->tuple[pd.DataFrame,pd.DataFrame]:  # for training (role train), for scoring (query and gallery); no pid is in both
     "Split a crop table by player; ValueError if a side would have fewer than two players"
+    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as read_csv or read_folders gives')
     who = lasting_players(crops)
     pids = np.sort(who.unique())
     few = round(share*len(pids))
@@ -97,6 +99,7 @@ def split_matches(
     seed:int=0,          # of the draw of queries
 )->tuple[pd.DataFrame,pd.DataFrame]:  # for training (role train), for scoring (query and gallery)
     "Split a crop table by match; ValueError for an unknown match or a player on both sides"
+    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as read_csv or read_folders gives')
     if 'match' not in crops: raise ValueError('The crop table has no column match; split it with split_players')
     unknown = sorted(set(matches)-set(crops.match))
     if unknown: raise ValueError(f'Unknown match {unknown[0]!r}; there are {", ".join(sorted(set(crops.match)))}')
@@ -129,6 +132,7 @@ def split_time(
     seed:int=0,          # of the draw of queries
 )->tuple[pd.DataFrame,pd.DataFrame]:  # for training (role train), for scoring (query and gallery)
     "Split a crop table by time; ValueError if a side would have fewer than two players"
+    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as read_csv or read_folders gives')
     if 'frame' not in crops: raise ValueError('The crop table has no column frame; split it with split_players')
     if gap<0: raise ValueError(f'gap is a number of frames, 0 or more, not {gap}')
     crops = crops[crops.pid>=0]

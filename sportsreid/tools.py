@@ -12,7 +12,7 @@ from fastcore.script import Param
 from .checks import check_minutes, check_seed
 from .core import project_path, short_path, write_whole
 from .networks import local_network
-from .refusals import check_footage, check_new, check_writable
+from .refusals import check_footage, check_members, check_new, check_writable
 
 # %% ../nbs/09e_tools.ipynb #data
 def _refuse_damaged(tables:dict)->None:
@@ -55,6 +55,7 @@ def compare(
     overwrite:bool=False,    # replace the report if it is there
 )->Path:  # the report
     "Set runs side by side: settings, curves, differences, queries that changed"
+    check_members(','.join(runs))
     check_new(out, overwrite)
     from sportsreid.compare import compare_runs
     return compare_runs(runs, split, data, out, device)
@@ -66,11 +67,13 @@ def _check_adapting(minutes:float, rounds:int, seed:int)->None:
     check_seed(seed)
     check_minutes(minutes)
 
-def _footage(folder:Path, frames:str, tracks:str, cuts:str):
+def _footage(folder:Path, frames:str, tracks:str, cuts:str, device:str=''):
     "The tracklets of footage, their crops in a folder of their own for each run and footage"
     from sportsreid.boxes_fit import open_boxes, parse_cuts  # refuses before torch is brought
     rows,_ = open_boxes(frames, tracks, parse_cuts(cuts))
+    from sportsreid.devices import pick_device
     from sportsreid.own_footage import tracklets
+    pick_device(device)  # refuses before crops are cut
     known = '|'.join(map(str, (folder, project_path(frames), project_path(tracks), cuts)))
     keep = project_path('data/tracklets')/f'{folder.name}-{hashlib.sha256(known.encode()).hexdigest()[:8]}'
     return tracklets(frames, rows, keep, parse_cuts(cuts))
@@ -93,7 +96,7 @@ def adapt(
     local_network(network)
     folder = project_path(run)
     check_writable(folder)
-    found = _footage(folder, frames, tracks, cuts)
+    found = _footage(folder, frames, tracks, cuts, device)
     from sportsreid.rounds import Rounding, adapt_rounds
     done = adapt_rounds(network, found, folder, rounds, seed, device, Rounding(minutes))
     print(f'run folder: {short_path(done.folder)}')

@@ -48,6 +48,9 @@ class TrackerEmbedder:
         frame:ndarray,  # (H,W,3) uint8
     )->ndarray:  # (N,D) float32, rows of length one
         "What Roboflow's packages ask for"
+        if not hasattr(detections, 'xyxy'):
+            raise ValueError(f'detections have xyxy, as those of supervision do, not {type(detections).__name__}; they '
+                             'come first, and the frame second')
         return self.get_features(detections.xyxy, frame)
 
     extract_features = extract_embeddings
