@@ -67,10 +67,10 @@ def images_below(
     folder = project_path(folder)
     if folder.is_file(): raise NotADirectoryError(f'{folder} is a file; give the folder of the images, if only of one')
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}')
-    from sportsreid.clips import find_clips  # brings pandas
+    from sportsreid.clips import bare_clips, find_clips  # brings pandas
     from sportsreid.layouts import note_others, other_images
-    for clip in find_clips(folder):
-        raise ValueError(f'{clip} is a clip with boxes (gt.txt): its images are frames, not crops; sportsreid_run '
+    for clip in (*find_clips(folder), *bare_clips(folder)):
+        raise ValueError(f'{clip} is a clip of a match: its images are frames, not crops; sportsreid_run '
                          'follow and train take those')
     found = [f'{folder.as_posix()}/{name}' for name in list_images(folder)]
     if not found: raise FileNotFoundError(f'{folder} holds no image (.png, .jpg, .jpeg)'+other_images(folder))

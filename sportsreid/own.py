@@ -10,7 +10,7 @@ __all__ = ['LAYOUTS', 'SPLITS', 'SHARES', 'split_folders', 'find_layout', 'draw_
 import os, re
 from pathlib import Path
 import numpy as np, pandas as pd
-from .clips import find_clips
+from .clips import bare_clips, find_clips
 from .core import counted, note_once, project_path
 from .cut import read_clips
 from .data import check_crops, find_data, read_soccernet
@@ -56,8 +56,8 @@ def find_layout(
     splits = split_folders(root)
     if splits: return 'folders' if _players(splits) else 'soccernet'
     if len(list(root.glob('*.csv')))==1: return 'csv'
-    bare = next((p.parent for depth in ('','*/','*/*/') for p in root.glob(depth+'img1')), None)
-    if bare: raise FileNotFoundError(f'{bare} holds frames (img1) but no boxes; add its gt/gt.txt, or see 09_follow')
+    for clip in bare_clips(root):
+        raise FileNotFoundError(f'{clip} holds frames (img1) but no boxes; add its gt/gt.txt, or see 09_follow')
     below = _first_image(root)
     if below!=('',) and len(below)<=1: return 'folders'
     if len(below)==2:
