@@ -32,7 +32,7 @@ from .make import make_augmentation, make_optimizer, make_sampler, make_schedule
 from .models import ReIDModel
 from .own_footage import SomeCrops, Tracklets
 from .record import finished_scores, refuse_more
-from .seen import SeenInfoNCE, SeenPairs, class_pairs, hold_out, rank_held
+from .seen import NONE_PURE, SeenInfoNCE, SeenPairs, class_pairs, hold_out, rank_held
 from .split import pure_part, stripes8
 from .train import TrainBatches, train
 from .weights import load_model, save_model
@@ -61,6 +61,8 @@ class Adapting:
         bad += [k for k in ('steps','batch_size','K') if k in given and not is_count(given[k])]
         if bad: raise ValueError(f'{bad[0]} is a number above 0, not {given[bad[0]]!r}')
         if self.K<2 or self.batch_size<2*self.K: raise ValueError('K is 2 or more, and batch_size at least twice that')
+        for name in ('pure','split'): check_kind(given[name], (bool,np.bool_), name, 'True or False')
+        if not (is_number(self.hold) and 0<self.hold<.4): raise ValueError(f'hold is 0 to 0.4, not {self.hold!r}')
         if not is_number(self.ema) or not 0<=self.ema<1: raise ValueError(f'ema is 0 to below 1, not {self.ema!r}')
         make_augmentation(self.augmentation), make_optimizer(self.optimizer), make_schedule(self.schedule, 1)
 
@@ -197,9 +199,6 @@ class Adapted:
         if self.after['mAP']>self.before['mAP']: return True
         return not self.lost and self.after.get('gap', 0)>self.before.get('gap', 0)
 
-    @property
-    def sure(self)->bool: return self.gain is not None and self.gain[0]>0  # other tracklets would probably agree
-
 # %% ../nbs/09j_adapt.ipynb #adapted-said
 @patch
 def __repr__(self:Adapted)->str:
@@ -270,11 +269,11 @@ def start_task(
     check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     check_kind(how, Adapting, 'how', 'Adapting(steps=200), for instance')
     check_seed(seed)
-    model = open_network(network)
+    model,device = open_network(network),pick_device(device)
     lr = start_rate(network) if how.lr is None else how.lr
-    device = pick_device(device)
     images = open_crops(found.crops, model.spec['size'], how.packs, fit=model.spec['fit'])
     if how.pure: found = pure_part(model.to(device), found, images, how.split)
+    if not len(found.together): raise ValueError(NONE_PURE)
     return AdaptTask(model, hold_out(found.crops, how.hold), found.together, images, how, lr, seed, device), found
 
 # %% ../nbs/09j_adapt.ipynb #run-task

@@ -24,7 +24,6 @@ from .models import ReIDModel
 from .spec import read_json
 from .thresholds import CENTRES, EDGES, ScoreCounts, choose_curve, count_scores, draw_counts, equal_error
 from .thresholds import interval_of, probability, share_above, threshold_for
-from .weights import load_model
 
 # %% ../nbs/09ab_calibrate.ipynb #network-print
 def network_print(
@@ -186,7 +185,7 @@ def read_thresholds(
 
 # %% ../nbs/09ab_calibrate.ipynb #calibrate-run
 def calibrate_run(
-    folder:str|Path,         # run folder, or any other that `save_model` wrote
+    folder:str|Path,         # run or hub folder, or any other that `save_model` wrote
     crops:DataFrame,         # crop table of its valid split
     resizes:tuple=RESIZES,   # which ways to resize
     device:str='cpu',        # where to embed
@@ -197,7 +196,8 @@ def calibrate_run(
     if read_config(folder).get('fingerprint')==fingerprint(crops):
         raise ValueError(f'{folder} was trained on these very crops, so their thresholds would hold for no others; '
                          'give the crops of another split')
-    model = load_model(folder).to(device)
+    from sportsreid.hub import open_network  # of a later page
+    model = open_network(folder).to(device)
     fit,size = model.spec['fit'],model.spec['size']
     if fit=='pad': resizes = [r for r in resizes if r=='antialias']  # nobody pads as we do with OpenCV's resize
     images = {r: CropFiles(crops, size, fit=fit) if r=='antialias' else LinearCrops(crops, size) for r in resizes}

@@ -155,6 +155,7 @@ def train(
     "Train one run, or one for each seed"
     given,options = read_options(command, words)
     seeds = options['seeds'] or ([1,2,3,4,5] if command=='sweep' else [])
+    if command=='sweep' and 'seed' in given: raise ValueError('a sweep has a run for each of --seeds, and no --seed')
     if command=='sweep' and len(seeds)<2: raise ValueError('a sweep needs two seeds or more; for one run say train')
     runs = plan_runs(given, seeds)
     notebook = options.get('notebook', '')

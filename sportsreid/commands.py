@@ -7,15 +7,14 @@ __all__ = ['KIND', 'MATCH_RATES', 'TOOLS', 'write_features', 'read_features', 'i
            'embed', 'check_match', 'match', 'export', 'own_network', 'check_unseen', 'calibrate', 'run_tool']
 
 # %% ../nbs/09ea_commands.ipynb #imports
-import json  # torch and all that needs it is imported where it is used, so that help comes at once
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace  # torch is imported where it is used, so that help comes at once
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 from fastcore.script import anno_parser
-from .checks import is_count, is_number
-from .core import counted, project_path, read_config, short_path, write_whole
+from .checks import as_numbers, is_count, is_number
+from .core import counted, project_path, read_config, short_path
 from .files import list_images
 from .networks import local_network, shipped_folder
 from .parameters import SETTINGS
@@ -28,22 +27,25 @@ KIND = 'sportsreid features'
 
 def write_features(
     path:str|Path,      # .safetensors; its folder must exist
-    feats:np.ndarray,   # (N,D) float32
+    feats:np.ndarray,   # (N,D)
     paths:list[str],    # (N,) of the images
     embedder,           # `Embedder` that made them
-)->Path:
+)->Path:  # a ValueError says what does not belong together
     "Write features, paths and the network's name into one file"
-    from safetensors.numpy import save_file
-    names,path = np.frombuffer('\0'.join(paths).encode('utf-8', 'surrogateescape'), np.uint8), project_path(path)
+    from sportsreid.gallery import write_arrays
+    from sportsreid.named import check_network, name_of
+    check_network(given=name_of(feats) or embedder.model, embedder=embedder.model)
+    feats,paths = as_numbers(feats, np.float32),list(map(str, paths))
+    if feats.ndim!=2 or len(feats)!=len(paths):
+        raise ValueError('features (N,D) need a path each, and these are '
+                         f'{feats.shape} and {counted(len(paths), "path")}')
+    names = np.frombuffer('\0'.join(paths).encode('utf-8', 'surrogateescape'), np.uint8)
     calibration = asdict(embedder.thresholds) if embedder.thresholds else None
     told = dict(kind=KIND, model=embedder.model, calibration=calibration)
-    with write_whole(path) as tmp:
-        tmp.touch()
-        mode = tmp.stat().st_mode
-        save_file(dict(features=feats, paths=names), tmp, {k: json.dumps(v) for k,v in told.items()})
-        tmp.chmod(mode)
-    return path
+    return write_arrays(project_path(path), dict(features=feats, paths=names), told)
 
+
+# %% ../nbs/09ea_commands.ipynb #file-read
 def read_features(
     path:str|Path,  # that `write_features` wrote
 )->tuple[np.ndarray,list[str]]:  # (N,D) `Features`, which carry network and thresholds, and paths
@@ -67,9 +69,9 @@ def images_below(
     folder = project_path(folder)
     if folder.is_file(): raise NotADirectoryError(f'{folder} is a file; give the folder of the images, if only of one')
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}')
-    from sportsreid.clips import bare_clips, find_clips  # brings pandas
+    from sportsreid.clips import bare_clips, clip_of, find_clips  # brings pandas
     from sportsreid.layouts import note_others, other_images
-    for clip in (*find_clips(folder), *bare_clips(folder)):
+    for clip in filter(None, (clip_of(folder), *find_clips(folder), *bare_clips(folder))):
         raise ValueError(f'{clip} is a clip of a match: its images are frames, not crops; sportsreid_run '
                          'follow and train take those')
     found = [f'{folder.as_posix()}/{name}' for name in list_images(folder)]
@@ -248,7 +250,7 @@ def check_unseen(
 
 # %% ../nbs/09ea_commands.ipynb #calibrate-itself
 def calibrate(
-    folder:str,          # a run folder
+    folder:str,          # a run or hub folder
     data:str='',         # folder or .csv file; none: the run's own
     split:str='valid',   # valid or test, which the network was not trained on
     layout:str='auto',   # of the data, as for the command data; auto: as noted or recognised
@@ -256,6 +258,8 @@ def calibrate(
     "Measure a network's thresholds and keep them beside its weights"
     run = own_network(folder)
     check_writable(run)
+    if not data and not read_config(run):
+        raise ValueError(f'{folder} has no record of the data it was trained on; give --data FOLDER')
     check_unseen(run, data, split)
     check_data([split], data, run, layout)
     from sportsreid.calibrate import calibrate_run

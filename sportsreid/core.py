@@ -313,4 +313,5 @@ def lazy_names(
 
 # %% ../nbs/00a_core.ipynb #lent
 __getattr__ = lazy_names(__name__, **dict.fromkeys(
-    ('versions','read_config','read_scores','check_same','open_run','write_log','read_log','trim_log'), 'record'))
+    ('versions','read_config','read_scores','check_same','check_run_folder','open_run','write_log','read_log',
+     'trim_log'), 'record'))

@@ -76,15 +76,8 @@ def _folder_frames(folder:Path, wanted:list[int])->Iterator[tuple[int,Image.Imag
         except OSError as e:
             raise ValueError(f'{files[n]} cannot be decoded ({first_line(e)}); fetch it again') from e
 
-def read_frames(
-    source:str|Path,     # folder of numbered frames, or a video
-    wanted:list[int],    # numbers of frames, from 1
-)->Iterator[tuple[int,Image.Image]]:  # number and RGB image of each wanted frame, in order
-    "Decode frames one after another; ValueError if one is damaged or not there"
-    source,wanted = project_path(source),sorted(set(wanted))
-    if source.is_dir():
-        yield from _folder_frames(source, wanted)
-        return
+def _video_frames(source:Path, wanted:list[int])->Iterator[tuple[int,Image.Image]]:
+    "Frames of a video"
     if wanted[0]<1: raise ValueError(lost_frames(source, [n for n in wanted if n<1], [1]))
     n,chosen = 0,set(wanted)
     with _opened(source) as container:
@@ -92,6 +85,24 @@ def read_frames(
             if n in chosen: yield n, frame.to_image()
             if n>=wanted[-1]: return
     raise ValueError(lost_frames(source, wanted[-1:], [1,n]))
+
+
+# %% ../nbs/01ma_cut.ipynb #read-frames-itself
+def read_frames(
+    source:str|Path,     # folder of numbered frames, or a video
+    wanted:list[int],    # numbers of frames, from 1
+)->Iterator[tuple[int,Image.Image]]:  # number and RGB image of each wanted frame, in order
+    "Decode frames one after another; ValueError if one is damaged, not there, or of another size than the first"
+    source,wanted = project_path(source),sorted(set(wanted))
+    images = _folder_frames(source, wanted) if source.is_dir() else _video_frames(source, wanted)
+    sizes = {}
+    for n,image in images:
+        sizes[image.size] = n
+        if len(sizes)>1:
+            said = ', '.join(f'frame {m} has {w} x {h} pixels' for (w,h),m in sizes.items())
+            raise ValueError(f'{source}: {said}; boxes are for one size, so bring all frames to it')
+        yield n, image
+
 
 # %% ../nbs/01ma_cut.ipynb #check-length
 def check_length(

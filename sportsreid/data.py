@@ -202,7 +202,7 @@ def _find_files(rows:pd.DataFrame, files:pd.Series, folder:Path, info:str, drop:
     gone = pd.isna(found)
     if gone.any():
         lost = f'{info} names {counted(gone.sum(), "crop")} not in {folder}; first: {rows.path[gone].iloc[0]}'
-        if not drop or gone.all(): raise ValueError(f'{lost}; unpack the split again, or leave them out with drop_bad')
+        if not drop or gone.all(): raise ValueError(f'{lost}; unpack the split again, or train with drop_bad')
         warnings.warn(f'{lost}; left out')
     more = int((~on_disk.isin(found)).sum())
     if more: warnings.warn(f'{counted(more, "image")} in {folder} but not in {info}, left out')

@@ -192,6 +192,8 @@ def export_onnx(
     folder = find_network(folder)
     model = open_network(folder).to(memory_format=torch.contiguous_format)
     spec,notes = model.spec, graph_notes(model)
+    if (out/'model.json').is_file() and network_print(open_network(out))!=notes['model']:
+        raise FileExistsError(f'{out} holds another network, whose graphs lie there; give another folder with out')
     if len(images): crops = GivenImages(list(images), spec['size'], spec['fit'])[list(range(len(images)))]
     else: crops = drawn_crops(spec['size'], spec['fit'])
     out.mkdir(parents=True, exist_ok=True)

@@ -182,9 +182,11 @@ def write_tracks(
     followed:Followed,  # what `follow` gives
     path:str|Path,      # text file to write; its folder must be there
 )->Path:  # the file
-    "Write followed players as MOTChallenge has tracks: rows and their order as they were given to `follow`"
+    "Write followed players as MOTChallenge has tracks: rows in the order of `follow`, with the confidence of each"
     check_kind(followed, Followed, 'followed', 'what follow(rows, feats, threshold) gives')
-    return write_rows(check_mot(followed.rows.assign(id=followed.rows.player)), path)
+    sure = followed.rows.confidence.clip(lower=.001).round(3)
+    return write_rows(check_mot(followed.rows.assign(id=followed.rows.player, conf=sure)), path)
+
 
 # %% ../nbs/09fb_follow.ipynb #show-players
 def show_players(

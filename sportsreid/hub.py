@@ -11,7 +11,7 @@ import json, tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-import yaml
+import numpy as np, yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .checks import check_kind
@@ -114,10 +114,15 @@ def _config_or_reason(spec:dict)->tuple[dict|None,str]:
 # %% ../nbs/09b_hub.ipynb #check-out
 def _check_out(out:Path, model:ReIDModel, overwrite:bool):
     "Refuse to write a hub folder over a run, or over another network"
+    check_kind(overwrite, (bool,np.bool_), 'overwrite', 'True or False')
     check_writable(out)
     if (out/'best.safetensors').exists() or (out/'config.json').exists():
         raise FileExistsError(f'{out} is a run folder, and would be spoilt; give another, such as hub/{out.name}')
-    if overwrite or not (out/'weights.safetensors').is_file(): return
+    there = [name for name in HUB_FILES if (out/name).exists()]
+    if not there: return
+    if not {'weights.safetensors','model.json'}<={*there}:
+        raise FileExistsError(f'{out} is no hub folder, and holds {" and ".join(there)}; give another folder for out')
+    if overwrite: return
     if network_print(open_network(out))!=network_print(model):
         raise FileExistsError(f'{out} holds another network; give another folder for out, or overwrite=True')
 
@@ -135,7 +140,7 @@ def write_hub_folder(
     model = open_network(run)
     _check_out(out, model, overwrite)
     measured = read_thresholds(run, network_print(model))
-    card = model_card(model.spec, data, licence, use, read_scores(run), measured)
+    texts = {'README.md': model_card(model.spec, data, licence, use, read_scores(run), measured)}
     config,reason = _config_or_reason(model.spec)
     out.mkdir(parents=True, exist_ok=True)
     with write_whole(out/'weights.safetensors') as tmp:
@@ -143,9 +148,9 @@ def write_hub_folder(
         mode = tmp.stat().st_mode
         save_file(_shared_state(model, config is not None), tmp, metadata=dict(format='pt'))
         tmp.chmod(mode)
-    texts = {'model.json': json.dumps(model.spec, indent=1), 'README.md': card}
+    for name in ('reid_config.json','thresholds.json'): (out/name).unlink(missing_ok=True)  # of what was there
+    texts['model.json'] = json.dumps(model.spec, indent=1)
     if config: texts['reid_config.json'] = json.dumps(config, indent=1)
-    else: (out/'reid_config.json').unlink(missing_ok=True)
     for name,text in texts.items():
         with write_whole(out/name) as tmp: tmp.write_text(text, encoding='utf-8')
     if measured: write_thresholds(out, measured)
@@ -185,6 +190,7 @@ def push_to_hub(
 )->str:  # address of the commit; an OSError says what was refused
     "Send a hub folder to the Hugging Face hub"
     import huggingface_hub
+    check_kind(private, (bool,np.bool_), 'private', 'True or False')
     folder = project_path(folder)
     lack = [n for n in ('weights.safetensors','model.json','README.md') if not (folder/n).is_file()]
     if lack: raise ValueError(f'{folder} holds no {" and no ".join(lack)}; write it with write_hub_folder first')
@@ -196,6 +202,8 @@ def push_to_hub(
                                      commit_message='A network of sportsreid').commit_url)
     except Exception as e: raise _hub_error(f'{repo} could not be written on the hub', e) from e
 
+
+# %% ../nbs/09b_hub.ipynb #fetch
 def from_pretrained(
     repo:str,                 # OWNER/NAME on the hub
     revision:str|None=None,   # a branch, tag or commit; None: main

@@ -129,6 +129,15 @@ class Tracklets:
     boxes:int                 # that were given
     unseen:dict[int,str] = field(default_factory=dict)  # ids that have no crop here, and why
 
+    def __post_init__(self):
+        check_kind(self.crops, pd.DataFrame, 'crops', 'a crop table')
+        lacks = [c for c in ('path','pid','action') if c not in self.crops]
+        if lacks or not len(self.crops):
+            raise ValueError(f'These crops have no {" and no ".join(lacks) or "row"}; see tracklets(...)')
+        pairs = np.asarray(self.together)
+        if pairs.shape[1:]!=(2,) or not np.isin(pairs, self.crops.pid).all() or (pairs[:,0]==pairs[:,1]).any():
+            raise ValueError('together is (P,2), pairs of two pids that the crops have; see number_anew')
+
     def __repr__(self):
         reasons = ', '.join(f'{n} {why}' for why,n in self.left_out.items() if n) or 'none'
         counts = self.crops[['pid','action']].nunique()
@@ -139,6 +148,8 @@ class Tracklets:
         return (f'{crops} of {counted(counts.pid, "tracklet")} in {counted(counts.action, "window")}, {pairs} of '
                 f'tracklets seen together; of {counted(self.boxes, "box", "boxes")} left out: {reasons}{nobody}')
 
+
+# %% ../nbs/09i_footage_table.ipynb #number-anew
 def number_anew(
     crops:pd.DataFrame,  # crop table
     together:ndarray,    # (P,2) pids seen in one frame; some may have left the table
@@ -177,10 +188,14 @@ def _open_rows(frames:Path, tracks:str|Path|pd.DataFrame, cuts:list[int]|None)->
                          'everybody in the picture, since who is seen together is known to be two people')
     return rows, size
 
-def _picked(rows:pd.DataFrame, bad:ndarray, most:int, starts:list[int])->ndarray:
+def _picked(rows:pd.DataFrame, faults:pd.DataFrame, most:int, starts:list[int])->ndarray:
     "Positions of the boxes to cut; one of the last frame is among them, so that a video is read to there"
-    good = np.flatnonzero(~bad)
-    if not len(good): raise ValueError(f'None of {len(rows)} boxes shows a player clearly; give other limits')
+    good = np.flatnonzero(~faults.any(axis=1))
+    if not len(good):
+        found = ', '.join(f'{n} {fault}' for fault,n in faults.sum().items() if n)
+        raise ValueError(f'None of {len(rows)} boxes shows a player clearly ({found}; median height '
+                         f'{rows.height.median():.0f} pixels); give frames with more pixels or other boxes, or in '
+                         'Python other limits, such as limits=Limits(least=16)')
     picked = good[pick_crops(rows.iloc[good].reset_index(drop=True), most, starts)]
     return np.union1d(picked, rows.frame.argmax())
 
@@ -219,7 +234,7 @@ def tracklets(
                          'of everybody in the picture')
     faults = box_faults(rows, *size, limits)
     bad = faults.any(axis=1).to_numpy()
-    picked = _picked(rows, bad, most, starts)
+    picked = _picked(rows, faults, most, starts)
     more = dict(pid=numbers, action=shot_of(rows.frame, starts), bad=bad)
     cut = cut_crops(rows.assign(tracklet=numbers, window=more['action'], bad=bad).iloc[picked], frames, keep)
     return _made(rows, faults, together, cut, limits)

@@ -79,7 +79,8 @@ def check_skip(
     queries:int,   # how many there are
 )->ndarray:  # (Q,) int64; ValueError if it is none
     "Make sure that the rows to skip belong to queries"
-    rows = np.asarray(skip)
+    try: rows = np.asarray(skip)
+    except ValueError: rows = np.array([None])  # ragged
     if rows.shape==(queries,) and rows.dtype.kind in 'iu': return rows.astype(np.int64)
     raise ValueError(f'skip is a gallery row for each of {queries} queries, -1 for none, not {rows.dtype} of shape '
                      f'{rows.shape}')

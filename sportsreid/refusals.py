@@ -218,6 +218,8 @@ def check_followed(
 )->None:  # a FileExistsError says what differs
     "Refuse to write over players who were followed with other settings"
     out,now = project_path(values['out']),kept_settings(values)
+    network = next((name for name in ('config.json','model.json') if (out/name).exists()), '')
+    if network: raise FileExistsError(f'{values["out"]} holds a network ({network}); give another --out')
     if values['overwrite'] or not any((out/name).exists() for name in RESULTS): return
     try: old = json.loads((out/'settings.json').read_text())
     except (OSError,ValueError): old = {}

@@ -18,7 +18,7 @@ from .features import extract_features
 from .images import CropFiles, PackedCrops
 from .models import ReIDModel
 from .own_footage import SomeCrops, Tracklets, number_anew, window_blocks
-from .seen import purity, without_mixed
+from .seen import NONE_PURE, purity, without_mixed
 
 # %% ../nbs/09ic_split.ipynb #best-cut
 LEAST = 2   # crops in a part
@@ -113,7 +113,7 @@ def split_mixed(
     cut = points.mixed[pairs.ravel()%n].to_numpy().reshape(-1, 2).any(1)
     pairs = pairs[~cut | pairs_in_time(pairs, parts.pid.to_numpy(), parts.frame.to_numpy())]
     kept,together = number_anew(parts[good].reset_index(drop=True), pairs)
-    if not len(together): raise ValueError('No two pure tracklets were seen together; give more frames')
+    if not len(together): raise ValueError(NONE_PURE)
     left_out = found.left_out | {'of mixed tracklets': int((~good).sum())}
     together = np.unique(np.sort(together, axis=1), axis=0)
     return replace(found, crops=check_crops(kept), together=together, left_out=left_out)

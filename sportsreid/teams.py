@@ -111,6 +111,7 @@ UNSURE = .15   # scores below this
 def _check_teams(features:ndarray|Tensor, n:int)->ndarray:
     "(N,D) features of length one; ValueError if they cannot be put into n teams"
     if not is_count(n): raise ValueError(f'n is the number of teams, 1 or more, not {n!r}')
+    if n>10: raise ValueError(f'n is at most 10, since a team holds a tenth of the players or more, not {n}')
     feats = as_numbers(features)
     if feats.ndim!=2: raise ValueError(f'Features are (N,D), a row for each player, not {feats.shape}')
     if len(feats)<2*n+1: raise ValueError(f'{len(feats)} players are too few for {n} teams; give {2*n+1} or more')

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from fastcore.script import Param
 from .checks import check_minutes, check_seed
-from .core import project_path, short_path, write_whole
+from .core import check_run_folder, project_path, short_path, write_whole
 from .networks import local_network
 from .refusals import check_footage, check_members, check_new, check_writable
 
@@ -96,6 +96,7 @@ def adapt(
     local_network(network)
     folder = project_path(run)
     check_writable(folder)
+    check_run_folder(folder, adapted=True)
     found = _footage(folder, frames, tracks, cuts, device)
     from sportsreid.rounds import Rounding, adapt_rounds
     done = adapt_rounds(network, found, folder, rounds, seed, device, Rounding(minutes))
@@ -122,6 +123,7 @@ def teams(
     from sportsreid.teams import id_teams, show_teams, tracklet_teams
     sides = tracklet_teams(found, n)
     rows = id_teams(found, sides)
+    table.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(table) as tmp: rows.to_csv(tmp, index=False)
     with write_whole(table.with_suffix('.jpg')) as tmp: show_teams(found, sides).savefig(tmp, format='jpg')
     unseen = ', '.join(f'{i} ({why})' for i,why in found.unseen.items())

@@ -35,7 +35,7 @@ def _mot_numbers(path:Path)->pd.DataFrame:
     except pd.errors.EmptyDataError as e: raise ValueError(f'{path} is empty; give a file with a line a box') from e
     except UnicodeDecodeError as e: raise ValueError(f'{path} is no text; give a file with a line a box') from e
     except pd.errors.ParserError as e:
-        raise ValueError(f'{path} has lines of different lengths ({first_line(e)}); mend the longer ones') from e
+        raise ValueError(f'{path} has lines of different lengths ({first_line(e)}); mend them') from e
     if texts.shape[1]<6:
         raise ValueError(f'{path} has {texts.shape[1]} columns; MOTChallenge has at least 6, divided by commas: '
                          f'{", ".join(MOT_COLUMNS[:6])}')

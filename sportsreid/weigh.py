@@ -6,9 +6,12 @@
 __all__ = ['least_weight', 'colour_weight']
 
 # %% ../nbs/09jc_weigh.ipynb #imports
+from pathlib import Path
 from .baselines import WEIGHTS, fuse, image_feats
+from .checks import check_kind
 from .evaluate import Ranking
 from .features import extract_features
+from .hub import find_network, open_network
 from .images import CropFiles
 from .intervals import difference
 from .models import ReIDModel
@@ -27,11 +30,13 @@ def least_weight(
 
 # %% ../nbs/09jc_weigh.ipynb #colour-weight
 def colour_weight(
-    model:ReIDModel,           # on the CPU
+    model:str|Path|ReIDModel,  # a run or hub folder, the name of shipped weights, or a network on the CPU
     found:Tracklets,           # of your footage
     hold:float=.1,             # share of a tracklet's crops that is held out at each end
 )->tuple[float,dict[float,float]]:  # the weight, and the mAP of each that was tried
     "How much colours should count beside a network, by the crops held out of training"
+    check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
+    if not isinstance(model, ReIDModel): model = open_network(find_network(model))
     opened = CropFiles(found.crops, model.spec['size'], fit=model.spec['fit'])
     found = pure_part(model, found, opened)
     crops = hold_out(found.crops, hold)
