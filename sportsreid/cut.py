@@ -207,7 +207,7 @@ def _cut_anew(rows:pd.DataFrame, source:Path, folder:Path, key:str):
         images = progress(read_frames(source, list(frames)), f'cutting {source.name}', len(frames))
         parts = []
         for n,image in images:
-            if not parts: check_fit(rows, image.size, .5)  # columns of another format would give crops of grass
+            if not parts: check_fit(rows, image.size, .5, source)  # columns of another format would give crops of grass
             parts.append(_cut_frame(image, frames[n], tmp))
         made = pd.concat(parts)
         made.to_csv(tmp/'crops.csv', index=False)

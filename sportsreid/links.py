@@ -70,6 +70,7 @@ DECIDE = 10  # two-player scores above the threshold that it takes to know it
 class Linking:
     "What makes a link safe"
     rate:float = .05    # share of the two-player scores that may reach the threshold
+    miss:float = .05    # share of the same-player scores that may lie below it
     sure:float = .5     # lowest confidence; 0.5: it looks as much like its own player as like the best other
     against:float = .2  # share of the links that may contradict the frames; if more do, none is used
 
@@ -80,12 +81,15 @@ class Linking:
                 raise ValueError(f'{field.name} is a share above 0 and below 1, not {value!r}')
 
 def link_threshold(
-    two:ndarray,    # two-player scores
-    rate:float,     # share of them that may reach it
+    same:ndarray,  # same-player scores
+    two:ndarray,   # two-player scores
+    how:Linking,   # what is safe
 )->float|None:  # None: there are too few to know
     "Lowest cosine of a link"
-    if rate*len(two)<DECIDE: return None
-    return float(threshold_for(np.bincount(bin_scores(two), minlength=BINS), rate))
+    if how.rate*len(two)<DECIDE: return None
+    apart = threshold_for(np.bincount(bin_scores(two), minlength=BINS), how.rate)
+    return float(max(apart, np.quantile(same, how.miss)))
+
 
 # %% ../nbs/09ib_links.ipynb #links
 @dataclass(frozen=True, eq=False)
@@ -151,7 +155,7 @@ def safe_links(
     feats,together = _linkable(feats, crops, together)
     pids = crops.pid.to_numpy()
     n = int(pids.max())+1
-    threshold = link_threshold(held_scores(feats, crops, together)[1], how.rate)
+    threshold = link_threshold(*held_scores(feats, crops, together), how)
     if threshold is None: return Links(np.arange(n), None, 0, 0, 0)
     means,weights = tracklet_features(unit_length(feats).numpy(), pids),np.bincount(pids).astype(float)
     groups = Groups(means, weights, together)

@@ -93,14 +93,15 @@ def check_fit(
     rows:pd.DataFrame,  # boxes: columns of MOT_COLUMNS
     size:tuple[int,int],# width and height of a frame, in pixels
     most:float=.25,     # share of the boxes that may reach far outside
+    source:str|Path='', # of the frames, to be named
 )->None:  # ValueError says what seems wrong
     "Make sure that boxes are pixels of these frames"
     if (rows[['width','height']]<2).all(axis=None):
         raise ValueError('every box is smaller than 2 pixels; left, top, width and height are pixels, not shares of '
                          'the frame')
-    far = far_outside(rows, size)
+    far,named = far_outside(rows, size),f'{source}: ' if source else ''
     if far.mean()>most:
-        raise ValueError(f'{far.sum()} of {counted(len(rows), "box", "boxes")} reach far outside the frames of '
+        raise ValueError(f'{named}{far.sum()} of {counted(len(rows), "box", "boxes")} reach far outside the frames of '
                          f'{size[0]}x{size[1]}; are the columns frame, id, left, top, width, height, and not right and '
                          'bottom? Or of another video?')
 
