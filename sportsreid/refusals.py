@@ -244,6 +244,13 @@ def _check_follow(values:dict):
     check_followed(values)
     if values['frames']: check_boxes(values['frames'], values['tracks'], values['cuts'])
 
+def _check_soup(values:dict):
+    "Refuse members that are not there, and a place that is one of them"
+    check_members(values['runs'])
+    if (project_path(values['out'])/'model.json').is_file():
+        raise ValueError(f'{values["out"]} is a run folder; give the soups one of their own with --out')
+
+
 # %% ../nbs/05d_refusals.ipynb #check-recipe
 @in_a_sentence()
 def check_recipe(
@@ -255,10 +262,7 @@ def check_recipe(
         check_train(resolve(given))
         return
     values = {**{k: s.default for k,s in SETTINGS[program].items()}, **given}
-    if program=='soup':
-        if (project_path(values['out'])/'model.json').is_file():
-            raise ValueError(f'{values["out"]} is a run folder; give the soups one of their own with --out')
-        return check_members(values['runs'])
+    if program=='soup': return _check_soup(values)
     if program=='follow': return _check_follow(values)
     check_file('checkpoint', values['checkpoint'])
     if values['checkpoint'] and (project_path(values['checkpoint'])/'model.json').is_file():
