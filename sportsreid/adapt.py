@@ -55,7 +55,7 @@ class Adapting:
     ema:float = 0.            # decay of an average of the weights; 0: none
     pure:bool = True          # look for tracklets that probably hold two people
     split:bool = False        # cut these in two where they change; False: leave them out
-    remember:float = .5       # share of the old weights in the result, where held-out crops lose nothing by it
+    remember:float = .5       # share of the old weights in the result, where held-out crops lose little by it
     hold:float = .1           # share of a tracklet's crops that is held out at each end
     packs:str = 'data/packed' # folder for crops at the network's size; '': decode files each time
 
@@ -169,6 +169,15 @@ def gap(self:AdaptTask,
     "How far the cosines of one held-out player lie above those of two"
     return round(held_gap(feats, self.table(False), self.together), 6)
 
+@patch
+def judge(self:AdaptTask,
+    model:ReIDModel,  # on the device
+)->dict[str,float]:  # mAP, rank-1, ... and gap
+    "Scores and gap on the held-out crops"
+    feats = self.held(model)
+    return {**self.rank(feats, model.spec['metric']).scores(), 'gap': self.gap(feats)}
+
+
 # %% ../nbs/09j_adapt.ipynb #steps-in
 @patch
 def steps_in(self:AdaptTask,
@@ -204,9 +213,9 @@ def _config(task:AdaptTask, minutes:float, old:dict)->dict:
 def _finish(task:AdaptTask, folder:Path, before:dict, model:ReIDModel, kept:dict, steps:int)->Adapted:
     "Keep the better weights, and write scores.json"
     (colours,) = image_feats(task.images(False), stripes8)
-    model,scores,share = remember(task.model, model, task.how.remember, kept, task.score)
+    model,scores,share = remember(task.model, model, task.how.remember, task.judge)
     old,new = (task.held(one) for one in (task.model, model))
-    kept = {**kept, **{k: round(v, 6) for k,v in scores.items()}, 'gap': task.gap(new)}
+    kept = {**kept, **{k: round(v, 6) for k,v in scores.items()}}
     gain,before = task.gain(old, new),{**before, 'gap': task.gap(old)}
     done = Adapted(folder, before, kept, round(task.rank(colours).scores()['mAP'], 6), steps, gain, share)
     save_model(folder, model if done.gained else task.model)

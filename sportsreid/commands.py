@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 from fastcore.script import anno_parser
-from .checks import as_numbers, is_count, is_number
+from .checks import check_kind, is_count, is_number
 from .core import counted, project_path, read_config, short_path
 from .files import list_images
 from .networks import local_network, shipped_folder
@@ -34,9 +34,12 @@ def write_features(
     "Write features, paths and the network's name into one file"
     from sportsreid.gallery import write_arrays
     from sportsreid.named import check_network, name_of
+    from sportsreid.pairing import check_unit
+    if not hasattr(embedder, 'model'): raise ValueError(f'embedder is the Embedder that made them, not {embedder!r}')
+    if not str(path).endswith('.safetensors'): raise ValueError(f'path is a file that ends in .safetensors, not {path}')
     check_network(given=name_of(feats) or embedder.model, embedder=embedder.model)
-    feats,paths = as_numbers(feats, np.float32),list(map(str, paths))
-    if feats.ndim!=2 or len(feats)!=len(paths):
+    feats,paths = check_unit(feats, 'given'),[*map(str, check_kind(paths, (list,tuple), 'paths', 'a list'))]
+    if len(feats)!=len(paths):
         raise ValueError('features (N,D) need a path each, and these are '
                          f'{feats.shape} and {counted(len(paths), "path")}')
     names = np.frombuffer('\0'.join(paths).encode('utf-8', 'surrogateescape'), np.uint8)

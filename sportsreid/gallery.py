@@ -156,15 +156,21 @@ def add(self:Gallery,
 
 # %% ../nbs/09e_gallery.ipynb #match
 @patch
-def scores(self:Gallery,
-    feats:ndarray,  # (Q,D) of length one
-)->ndarray:  # (Q,P) cosine to each of `players`
-    "How similar each crop is to each player"
+def _scores(self:Gallery, feats:ndarray)->ndarray:
+    "(Q,P) cosines of checked features"
     if not len(self.pids): return np.zeros((len(feats),0), np.float32)
     starts = np.unique(self.pids, return_index=True)[1]
     step = max(1, 2**21//len(self.pids))
     parts = [np.maximum.reduceat(feats[i:i+step]@self.feats.T, starts, axis=1) for i in range(0, len(feats), step)]
     return np.concatenate(parts).clip(-1, 1) if parts else np.zeros((0,len(starts)), np.float32)
+
+@patch
+def scores(self:Gallery,
+    feats:ndarray,  # (Q,D) of length one
+)->ndarray:  # (Q,P) cosine to each of `players`; a ValueError if they are of another network
+    "How similar each crop is to each player"
+    return self._scores(self._checked(feats, ''))
+
 
 # %% ../nbs/09e_gallery.ipynb #match-itself
 @patch
@@ -179,7 +185,7 @@ def match(self:Gallery,
     if not is_count(k): raise ValueError(f'k is the number of candidates, a whole number from 1 on, not {k!r}')
     feats,players = self._checked(feats, model), self.players
     threshold = accepted(threshold, self.calibration, self.model)
-    scores = self.scores(feats)
+    scores = self._scores(feats)
     order = np.argsort(-scores, axis=1, kind='stable')[:,:k]
     top = np.take_along_axis(scores, order, 1)
     if one_to_one: best = assign(scores, threshold)

@@ -102,7 +102,7 @@ def read_rows(
     lacking = [c for c in ('path','pid') if c not in table]
     if lacking:
         raise ValueError(f'{where} lacks {", ".join(lacking)}; '
-                         f'its columns are {", ".join(map(str, table.columns))}')
+                         f'its columns are {", ".join(map(str, table.columns))}; rename those that are meant')
     if not len(table): raise ValueError(f'{where} has no rows; give a row for each crop')
     bad = table[['path','pid']].isna().any(axis=1)
     if bad.any(): raise ValueError(f'{where} lacks a path or a pid in {name_rows(bad)}')
