@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.script import anno_parser
 from .checks import check_kind, is_count, is_number
-from .core import counted, project_path, read_config, short_path
+from .core import counted, note_once, project_path, read_config, short_path
 from .files import list_images
 from .networks import local_network, shipped_folder
 from .parameters import SETTINGS
@@ -65,6 +65,16 @@ def read_features(
     return Features(arrays['features'], told['model'], known), paths
 
 # %% ../nbs/09ea_commands.ipynb #embed
+def _note_frames(path:str):
+    "Say so where an image looks like a whole frame"
+    from PIL import Image
+    try:
+        with Image.open(path) as image: width,height = image.size
+    except OSError: return  # said where it is decoded
+    if width>height and width>=640:
+        note_once(f'{path} has {width} x {height} pixels; whole frames have to be cut into players first, as '
+                  'sportsreid_run follow and Embedder(...)(frame=, boxes=) do')
+
 def images_below(
     folder:str|Path,  # where to look, at any depth
 )->list[str]:  # absolute paths in order; a FileNotFoundError if there are none
@@ -80,6 +90,7 @@ def images_below(
     found = [f'{folder.as_posix()}/{name}' for name in list_images(folder)]
     if not found: raise FileNotFoundError(f'{folder} holds no image (.png, .jpg, .jpeg)'+other_images(folder))
     note_others(folder)
+    _note_frames(found[0])
     return found
 
 def sound_images(

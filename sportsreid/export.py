@@ -179,6 +179,14 @@ def graph_folder(
     if folder.is_dir() and not folder.resolve().is_relative_to(shipped_model().parent): return folder
     return project_path(f'{Path(source).name}-onnx')
 
+def _check_graphs(out:Path, model:str):
+    "Refuse a folder that holds another network, or its graphs"
+    there = [network_print(open_network(out))] if (out/'model.json').is_file() else []
+    if (out/'embed.onnx').is_file(): there.append(OnnxGraph(out/'embed.onnx').notes.get('model'))
+    if any(name!=model for name in there):
+        raise FileExistsError(f'{out} holds another network, or its graphs; give another folder with out')
+
+
 # %% ../nbs/09c_export.ipynb #export-onnx-itself
 def export_onnx(
     folder:str|Path,    # of the network, see `find_network`
@@ -192,8 +200,7 @@ def export_onnx(
     folder = find_network(folder)
     model = open_network(folder).to(memory_format=torch.contiguous_format)
     spec,notes = model.spec, graph_notes(model)
-    if (out/'model.json').is_file() and network_print(open_network(out))!=notes['model']:
-        raise FileExistsError(f'{out} holds another network, whose graphs lie there; give another folder with out')
+    if out.resolve()!=folder.resolve(): _check_graphs(out, notes['model'])
     if len(images): crops = GivenImages(list(images), spec['size'], spec['fit'])[list(range(len(images)))]
     else: crops = drawn_crops(spec['size'], spec['fit'])
     out.mkdir(parents=True, exist_ok=True)

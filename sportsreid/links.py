@@ -86,8 +86,9 @@ def link_threshold(
     how:Linking,   # what is safe
 )->float|None:  # None: there are too few to know
     "Lowest cosine of a link"
-    if how.rate*len(two)<DECIDE: return None
-    apart = threshold_for(np.bincount(bin_scores(two), minlength=BINS), how.rate)
+    rate = max(how.rate, DECIDE/max(1, len(two)))
+    if rate>max(how.rate, .1): return None
+    apart = threshold_for(np.bincount(bin_scores(two), minlength=BINS), rate)
     return float(max(apart, np.quantile(same, how.miss)))
 
 
@@ -108,7 +109,7 @@ class Links:
     def against_share(self)->float: return self.against/max(1, self.linked+self.unsure)
 
     def __repr__(self):
-        if self.threshold is None: return 'no links: too few tracklets were seen together to know a threshold'
+        if self.threshold is None: return 'no links: too few seen together to know a threshold; give more frames'
         return (f'{self.linked} of {len(self.players)} tracklets are linked by cosines above {self.threshold:.2f}, '
                 f'which leaves {len(self.players)-self.joins} players; {self.unsure} were unsure, {self.against} of them '
                 'against the frames')
