@@ -40,6 +40,28 @@ from .split import pure_part, stripes8
 from .train import TrainBatches, train
 from .weights import save_model
 
+# %% ../nbs/09j_adapt.ipynb #settings-checks
+def _refuse(given:dict, names:tuple, wanted:str, fits):
+    "Refuse the first value that does not fit"
+    for name in names:
+        if not fits(given[name]): raise ValueError(f'{name} is {wanted}, not {given[name]!r}')
+
+def _check_settings(given:dict):
+    "Refuse values of `Adapting` that cannot be"
+    given = {k: v for k,v in given.items() if v is not None or k not in ('lr','steps')}
+    numbers = tuple(k for k in ('lr','temperature') if k in given)
+    counts = tuple(k for k in ('steps','batch_size','K') if k in given)
+    _refuse(given, numbers, 'a number above 0', lambda v: is_number(v) and v>0)
+    _refuse(given, counts, 'a whole number above 0', is_count)
+    _refuse(given, ('ema','remember'), '0 to below 1', lambda v: is_number(v) and 0<=v<1)
+    _refuse(given, ('hold',), 'above 0 and below 0.4', lambda v: is_number(v) and 0<v<.4)
+    _refuse(given, ('pure','split'), 'True or False', lambda v: isinstance(v, (bool,np.bool_)))
+    _refuse(given, ('packs',), "a folder, or '' for none", lambda v: isinstance(v, (str,Path)))
+    if given['K']<2 or given['batch_size']<2*given['K']:
+        raise ValueError('K is 2 or more, and batch_size at least twice that')
+    make_augmentation(given['augmentation']), make_optimizer(given['optimizer']), make_schedule(given['schedule'], 1)
+
+
 # %% ../nbs/09j_adapt.ipynb #settings
 @dataclass(frozen=True)
 class Adapting:
@@ -59,25 +81,15 @@ class Adapting:
     hold:float = .1           # share of a tracklet's crops that is held out at each end
     packs:str = 'data/packed' # folder for crops at the network's size; '': decode files each time
 
-    def __post_init__(self):
-        given = {k: v for k,v in asdict(self).items() if v is not None}
-        bad = [k for k in ('lr','temperature') if k in given and not (is_number(given[k]) and given[k]>0)]
-        bad += [k for k in ('steps','batch_size','K') if k in given and not is_count(given[k])]
-        if bad: raise ValueError(f'{bad[0]} is a number above 0, not {given[bad[0]]!r}')
-        if self.K<2 or self.batch_size<2*self.K: raise ValueError('K is 2 or more, and batch_size at least twice that')
-        for name in ('pure','split'): check_kind(given[name], (bool,np.bool_), name, 'True or False')
-        if not (is_number(self.hold) and 0<self.hold<.4): raise ValueError(f'hold is 0 to 0.4, not {self.hold!r}')
-        bad = [k for k in ('ema','remember') if not (is_number(given[k]) and 0<=given[k]<1)]
-        if bad: raise ValueError(f'{bad[0]} is 0 to below 1, not {given[bad[0]]!r}')
-        make_augmentation(self.augmentation), make_optimizer(self.optimizer), make_schedule(self.schedule, 1)
+    def __post_init__(self): _check_settings(asdict(self))
 
-# %% ../nbs/09j_adapt.ipynb #start-rate
 def start_rate(
     folder:Path,  # of the network
 )->float:
     "The rate to adapt with"
     known = read_config(folder).get('lr')
     return known/3 if is_number(known) and known>0 else .003
+
 
 # %% ../nbs/09j_adapt.ipynb #task
 @dataclass(eq=False)

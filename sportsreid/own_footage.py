@@ -131,12 +131,13 @@ class Tracklets:
 
     def __post_init__(self):
         check_kind(self.crops, pd.DataFrame, 'crops', 'a crop table')
-        lacks = [c for c in ('path','pid','action') if c not in self.crops]
+        lacks = [c for c in ('path','role','pid','action','frame') if c not in self.crops]
         if lacks or not len(self.crops):
             raise ValueError(f'These crops have no {" and no ".join(lacks) or "row"}; see tracklets(...)')
         pairs = np.asarray(self.together)
         if pairs.shape[1:]!=(2,) or not np.isin(pairs, self.crops.pid).all() or (pairs[:,0]==pairs[:,1]).any():
             raise ValueError('together is (P,2), pairs of two pids that the crops have; see number_anew')
+        object.__setattr__(self, 'together', pairs)
 
     def __repr__(self):
         reasons = ', '.join(f'{n} {why}' for why,n in self.left_out.items() if n) or 'none'

@@ -16,7 +16,7 @@ from .images import CropFiles
 from .intervals import difference
 from .models import ReIDModel
 from .own_footage import SomeCrops, Tracklets
-from .seen import SeenPairs, hold_out, rank_held
+from .seen import NONE_PURE, SeenPairs, hold_out, rank_held
 from .split import pure_part, stripes8
 
 # %% ../nbs/09jc_weigh.ipynb #least-weight
@@ -39,6 +39,7 @@ def colour_weight(
     if not isinstance(model, ReIDModel): model = open_network(find_network(model))
     opened = CropFiles(found.crops, model.spec['size'], fit=model.spec['fit'])
     found = pure_part(model, found, opened)
+    if not len(found.together): raise ValueError(NONE_PURE)
     crops = hold_out(found.crops, hold)
     held = crops[crops.role!='train'].reset_index(drop=True)
     images = SomeCrops(opened, held.path)
