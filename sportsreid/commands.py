@@ -37,14 +37,15 @@ def write_features(
     from sportsreid.pairing import check_unit
     if not hasattr(embedder, 'model'): raise ValueError(f'embedder is the Embedder that made them, not {embedder!r}')
     if not str(path).endswith('.safetensors'): raise ValueError(f'path is a file that ends in .safetensors, not {path}')
+    if isinstance(feats, (list,tuple)) and len(feats): feats = np.stack(feats)  # rows remember their network
     check_network(given=name_of(feats) or embedder.model, embedder=embedder.model)
     feats,paths = check_unit(feats, 'given'),[*map(str, check_kind(paths, (list,tuple), 'paths', 'a list'))]
+    if any('\0' in name for name in paths): raise ValueError('a path holds the character 0; name the file anew')
     if len(feats)!=len(paths):
         raise ValueError('features (N,D) need a path each, and these are '
                          f'{feats.shape} and {counted(len(paths), "path")}')
     names = np.frombuffer('\0'.join(paths).encode('utf-8', 'surrogateescape'), np.uint8)
-    calibration = asdict(embedder.thresholds) if embedder.thresholds else None
-    told = dict(kind=KIND, model=embedder.model, calibration=calibration)
+    told = dict(kind=KIND, model=embedder.model, calibration=embedder.thresholds and asdict(embedder.thresholds))
     return write_arrays(project_path(path), dict(features=feats, paths=names), told)
 
 

@@ -196,7 +196,7 @@ def _picked(rows:pd.DataFrame, faults:pd.DataFrame, most:int, starts:list[int])-
         found = ', '.join(f'{n} {fault}' for fault,n in faults.sum().items() if n)
         raise ValueError(f'None of {len(rows)} boxes shows a player clearly ({found}; median height '
                          f'{rows.height.median():.0f} pixels); give frames with more pixels or other boxes, or in '
-                         'Python other limits, such as limits=Limits(least=16)')
+                         f'Python other limits, such as limits=Limits(least={rows.height.median()/2:.0f})')
     picked = good[pick_crops(rows.iloc[good].reset_index(drop=True), most, starts)]
     return np.union1d(picked, rows.frame.argmax())
 
