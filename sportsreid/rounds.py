@@ -93,6 +93,10 @@ class Rounds:
     def gained(self)->bool: return any(r.gained for r in self.rounds)
 
     @property
+    def share(self)->float:  # of the weights before its round in those that are kept
+        return next((r.share for r in reversed(self.rounds) if r.gained), 0.)
+
+    @property
     def could_go_on(self)->bool:  # if more rounds were asked for
         return self.why==ASKED.format(len(self.rounds))
 
@@ -101,7 +105,7 @@ class Rounds:
         went = ', '.join(f'{100*r.after["mAP"]:.1f}{"" if r.gained else " (not kept)"}' for r in self.rounds)
         links = f', with {", ".join(map(str, self.joins))} links' if self.joins else ''
         return (f'mAP on held-out crops {100*self.before["mAP"]:.1f}, after {counted(len(self.rounds), "round")}{links}: '
-                f'{went}; ended because {self.why}')
+                f'{went}{", mixed with the weights before" if self.share else ""}; ended because {self.why}')
 
 # %% ../nbs/09ja_rounds.ipynb #read-rounds
 def read_rounds(
@@ -118,7 +122,7 @@ def _write_rounds(done:Rounds):
     folder = done.folder
     save_model(folder, load_model(done.rounds[-1].folder))
     scores = dict(valid=done.after, before=done.before, after=done.after, colours=done.rounds[0].colours,
-                  rounds=[r.folder.name for r in done.rounds], joins=done.joins, ended=done.why)
+                  rounds=[r.folder.name for r in done.rounds], joins=done.joins, ended=done.why, share=done.share)
     with write_whole(folder/'scores.json') as tmp: tmp.write_text(json.dumps(scores, indent=1))
 
 # %% ../nbs/09ja_rounds.ipynb #open-rounds
