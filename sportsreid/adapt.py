@@ -61,7 +61,6 @@ def _check_settings(given:dict):
         raise ValueError('K is 2 or more, and batch_size at least twice that')
     make_augmentation(given['augmentation']), make_optimizer(given['optimizer']), make_schedule(given['schedule'], 1)
 
-
 # %% ../nbs/09j_adapt.ipynb #settings
 @dataclass(frozen=True)
 class Adapting:
@@ -89,7 +88,6 @@ def start_rate(
     "The rate to adapt with"
     known = read_config(folder).get('lr')
     return known/3 if is_number(known) and known>0 else .003
-
 
 # %% ../nbs/09j_adapt.ipynb #task
 @dataclass(eq=False)
@@ -188,7 +186,6 @@ def judge(self:AdaptTask,
     "Scores and gap on the held-out crops"
     feats = self.held(model)
     return {**self.rank(feats, model.spec['metric']).scores(), 'gap': self.gap(feats)}
-
 
 # %% ../nbs/09j_adapt.ipynb #steps-in
 @patch

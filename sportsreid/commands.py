@@ -48,7 +48,6 @@ def write_features(
     told = dict(kind=KIND, model=embedder.model, calibration=embedder.thresholds and asdict(embedder.thresholds))
     return write_arrays(project_path(path), dict(features=feats, paths=names), told)
 
-
 # %% ../nbs/09ea_commands.ipynb #file-read
 def read_features(
     path:str|Path,  # that `write_features` wrote

@@ -86,7 +86,6 @@ def _video_frames(source:Path, wanted:list[int])->Iterator[tuple[int,Image.Image
             if n>=wanted[-1]: return
     raise ValueError(lost_frames(source, wanted[-1:], [1,n]))
 
-
 # %% ../nbs/01ma_cut.ipynb #read-frames-itself
 def read_frames(
     source:str|Path,     # folder of numbered frames, or a video
@@ -102,7 +101,6 @@ def read_frames(
             said = ', '.join(f'frame {m} has {w} x {h} pixels' for (w,h),m in sizes.items())
             raise ValueError(f'{source}: {said}; boxes are for one size, so bring all frames to it')
         yield n, image
-
 
 # %% ../nbs/01ma_cut.ipynb #check-length
 def check_length(

@@ -186,7 +186,6 @@ def _check_graphs(out:Path, model:str):
     if any(name!=model for name in there):
         raise FileExistsError(f'{out} holds another network, or its graphs; give another folder with out')
 
-
 # %% ../nbs/09c_export.ipynb #export-onnx-itself
 def export_onnx(
     folder:str|Path,    # of the network, see `find_network`

@@ -187,7 +187,6 @@ def write_tracks(
     sure = followed.rows.confidence.clip(lower=.001).round(3)
     return write_rows(check_mot(followed.rows.assign(id=followed.rows.player, conf=sure)), path)
 
-
 # %% ../nbs/09fb_follow.ipynb #show-players
 def show_players(
     rows:pd.DataFrame,   # boxes with frame, id and `by`

@@ -171,7 +171,6 @@ def scores(self:Gallery,
     "How similar each crop is to each player"
     return self._scores(self._checked(feats, ''))
 
-
 # %% ../nbs/09e_gallery.ipynb #match-itself
 @patch
 def match(self:Gallery,
@@ -246,7 +245,6 @@ def save(self:Gallery,
                 calibration=asdict(self.calibration) if self.calibration else None)
     feats = self.feats if self.feats is not None else np.zeros((0,0), np.float32)
     return write_arrays(path, dict(feats=feats, pids=self.pids, times=self.times), told)
-
 
 # %% ../nbs/09e_gallery.ipynb #file-load
 def read_arrays(

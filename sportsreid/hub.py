@@ -202,7 +202,6 @@ def push_to_hub(
                                      commit_message='A network of sportsreid').commit_url)
     except Exception as e: raise _hub_error(f'{repo} could not be written on the hub', e) from e
 
-
 # %% ../nbs/09b_hub.ipynb #fetch
 def from_pretrained(
     repo:str,                 # OWNER/NAME on the hub

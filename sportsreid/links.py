@@ -91,7 +91,6 @@ def link_threshold(
     apart = threshold_for(np.bincount(bin_scores(two), minlength=BINS), rate)
     return float(max(apart, np.quantile(same, how.miss)))
 
-
 # %% ../nbs/09ib_links.ipynb #links
 @dataclass(frozen=True, eq=False)
 class Links:

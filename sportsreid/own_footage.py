@@ -149,7 +149,6 @@ class Tracklets:
         return (f'{crops} of {counted(counts.pid, "tracklet")} in {counted(counts.action, "window")}, {pairs} of '
                 f'tracklets seen together; of {counted(self.boxes, "box", "boxes")} left out: {reasons}{nobody}')
 
-
 # %% ../nbs/09i_footage_table.ipynb #number-anew
 def number_anew(
     crops:pd.DataFrame,  # crop table

@@ -250,7 +250,6 @@ def _check_soup(values:dict):
     if (project_path(values['out'])/'model.json').is_file():
         raise ValueError(f'{values["out"]} is a run folder; give the soups one of their own with --out')
 
-
 # %% ../nbs/05d_refusals.ipynb #check-recipe
 @in_a_sentence()
 def check_recipe(

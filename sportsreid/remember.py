@@ -38,4 +38,3 @@ def remember(
     scores = score(mixed)
     keeps = scores['mAP']>=after['mAP'] and scores['gap']>=MOST*after['gap']
     return (mixed, scores, share) if keeps else (new, after, 0.)
-
