@@ -97,7 +97,11 @@ def write_whole(
     for left in left_over(path): left.unlink(missing_ok=True)
     tmp = temporary_path(path)
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as of any file here
+        tmp.unlink()
         yield tmp
+        tmp.chmod(mode)
         with tmp.open('rb') as f: os.fsync(f.fileno())  # the data before the name, or a power cut keeps an empty file
         os.replace(tmp, path)
     except OSError as e:

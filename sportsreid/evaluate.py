@@ -301,13 +301,13 @@ def rank_features(
 
 # %% ../nbs/06a_ranking.ipynb #rank-crops
 def rank_crops(
-    model:ReIDModel,                # on `device`
-    crops:DataFrame,                # crop table of a split
-    images:CropFiles|PackedCrops,   # its pixels, row by row
-    device:str|torch.device='cpu',  # where the model is
-    bf16:bool=False,                # compute features in bfloat16
-    metric:str|None=None,           # 'euclidean' or 'cosine'; None: what the model's spec says
-    flip:bool=False,                # mean feature of a crop and its mirror image
+    model:ReIDModel,                    # the network
+    crops:DataFrame,                    # crop table of a split
+    images:CropFiles|PackedCrops,       # its pixels, row by row
+    device:str|torch.device|None=None,  # where the model is; None: its weights say
+    bf16:bool=False,                    # compute features in bfloat16
+    metric:str|None=None,               # 'euclidean' or 'cosine'; None: what the model's spec says
+    flip:bool=False,                    # mean feature of a crop and its mirror image
 )->Ranking:
     "Embed a split and rank it"
     check_images(images, crops, model.spec)

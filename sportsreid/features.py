@@ -65,21 +65,22 @@ def halve_until_fits(
 # %% ../nbs/04c_features.ipynb #extract
 @torch.inference_mode()
 def extract_features(
-    model:ReIDModel,                # put in evaluation mode
-    images:CropFiles|PackedCrops,   # crops at the model's input size
-    batch_size:int|None=None,       # crops at a time, halved while they do not fit; None: 64 on a CPU, else 2048
-    device:str|torch.device='cpu',  # where the model is
-    bf16:bool=False,                # compute in bfloat16
-    flip:bool=False,                # mean of the features of a crop and of its mirror image
+    model:ReIDModel,                    # put in evaluation mode
+    images:CropFiles|PackedCrops,       # crops at the model's input size
+    batch_size:int|None=None,           # crops at a time, halved while they do not fit; None: 64 on a CPU, else 2048
+    device:str|torch.device|None=None,  # where the model is; None: its weights say
+    bf16:bool=False,                    # compute in bfloat16
+    flip:bool=False,                    # mean of the features of a crop and of its mirror image
 )->Tensor:  # (len(images),dim) float32 on the CPU
     "The feature of every crop"
     model.eval()
+    device = torch.device(device or next(model.parameters()).device)
     n,fit = len(images),model.spec['fit']
     if getattr(images, 'fit', fit)!=fit:
         raise ValueError(f'These crops are read with fit={images.fit!r}, and the network was trained with {fit!r}; '
                          'read them with CropFiles(crops, size, fit=model.spec["fit"])')
     out = torch.empty(n, model.dim)
-    batch_size = most = batch_size or (64 if torch.device(device).type=='cpu' else 2048)
+    batch_size = most = batch_size or (64 if device.type=='cpu' else 2048)
     rows = [list(range(i, min(i+batch_size, n))) for i in range(0, n, batch_size)]
     label = f'features of {n} crops, batches of {batch_size}'
     for r,ims in progress(load_batches(images, rows, device), label, total=len(rows)):

@@ -225,10 +225,7 @@ def write_arrays(
     "Write arrays into one file, whole or not at all"
     plain = {k: np.ascontiguousarray(v) for k,v in arrays.items()}  # safetensors writes memory as it lies
     with write_whole(path) as tmp:
-        tmp.touch()
-        mode = tmp.stat().st_mode
         save_file(plain, tmp, {k: json.dumps(v) for k,v in told.items()})
-        tmp.chmod(mode)
     return path
 
 @patch

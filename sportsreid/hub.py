@@ -144,10 +144,7 @@ def write_hub_folder(
     config,reason = _config_or_reason(model.spec)
     out.mkdir(parents=True, exist_ok=True)
     with write_whole(out/'weights.safetensors') as tmp:
-        tmp.touch()
-        mode = tmp.stat().st_mode
         save_file(_shared_state(model, config is not None), tmp, metadata=dict(format='pt'))
-        tmp.chmod(mode)
     for name in ('reid_config.json','thresholds.json'): (out/name).unlink(missing_ok=True)  # of what was there
     texts['model.json'] = json.dumps(model.spec, indent=1)
     if config: texts['reid_config.json'] = json.dumps(config, indent=1)

@@ -30,7 +30,7 @@ def least_weight(
 
 # %% ../nbs/09jc_weigh.ipynb #colour-weight
 def colour_weight(
-    model:str|Path|ReIDModel,  # a run or hub folder, the name of shipped weights, or a network on the CPU
+    model:str|Path|ReIDModel,  # a run or hub folder, the name of shipped weights, or a network
     found:Tracklets,           # of your footage
     hold:float=.1,             # share of a tracklet's crops that is held out at each end
 )->tuple[float,dict[float,float]]:  # the weight, and the mAP of each that was tried

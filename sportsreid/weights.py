@@ -228,10 +228,7 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder/'best.safetensors') as tmp:
-        tmp.touch()
-        mode = tmp.stat().st_mode  # as for any file; save_file alone lets nobody else read
         save_file({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, tmp)
-        tmp.chmod(mode)
     with write_whole(folder/'model.json') as tmp: tmp.write_text(json.dumps(model.spec, indent=1))
     return folder
 
