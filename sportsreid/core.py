@@ -93,9 +93,8 @@ def write_whole(
     path:str|Path,  # the file to write; its folder must exist
 )->Iterator[Path]:  # a temporary path beside it, renamed to `path` when the block ends well
     "Write a file whole or not at all"
-    path = Path(path)
+    path,tmp = Path(path),temporary_path(path)
     for left in left_over(path): left.unlink(missing_ok=True)
-    tmp = temporary_path(path)
     try:
         tmp.touch()
         mode = tmp.stat().st_mode  # as of any file here
