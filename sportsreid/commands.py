@@ -37,10 +37,13 @@ def write_features(
     from sportsreid.pairing import check_unit
     if not hasattr(embedder, 'model'): raise ValueError(f'embedder is the Embedder that made them, not {embedder!r}')
     if not str(path).endswith('.safetensors'): raise ValueError(f'path is a file that ends in .safetensors, not {path}')
-    if isinstance(feats, (list,tuple)) and len(feats): feats = np.stack(feats)  # rows remember their network
     check_network(given=name_of(feats) or embedder.model, embedder=embedder.model)
-    feats,paths = check_unit(feats, 'given'),[*map(str, check_kind(paths, (list,tuple), 'paths', 'a list'))]
+    feats = check_unit(feats, 'given')
+    for name in check_kind(paths, (list,tuple), 'paths', 'a list'): check_kind(name, (str,Path), 'a path', 'text')
+    paths = [*map(str, paths)]
     if any('\0' in name for name in paths): raise ValueError('a path holds the character 0; name the file anew')
+    if len(feats) and feats.shape[1]!=getattr(embedder, 'dim', feats.shape[1]):
+        raise ValueError(f'a feature of {embedder.model} has {embedder.dim} numbers, and these have {feats.shape[1]}')
     if len(feats)!=len(paths):
         raise ValueError('features (N,D) need a path each, and these are '
                          f'{feats.shape} and {counted(len(paths), "path")}')

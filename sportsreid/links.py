@@ -13,7 +13,7 @@ from numpy import ndarray
 from torch import Tensor, from_numpy
 from .checks import as_numbers, check_kind, is_number
 from .follow import join_all, own_confidence, rest_score
-from .linkage import Groups
+from .linkage import Groups, as_joined
 from .losses import unit_length
 from .thresholds import BINS, bin_scores, threshold_for
 from .tracklets import tracklet_features
@@ -149,6 +149,7 @@ def safe_links(
     crops:pd.DataFrame,        # crop table with held-out queries and gallery; pids are 0 to n-1
     together:ndarray,          # (P,2) pids seen in one frame
     how:Linking=Linking(),     # what is safe
+    start:Tensor|ndarray|None=None,  # (N,D') features of the network before adapting, which is asked, too
 )->Links:
     "Link tracklets of one player, as far as it is safe"
     check_kind(how, Linking, 'how', 'Linking(rate=.1), for instance')
@@ -163,6 +164,9 @@ def safe_links(
     own = rest_score(means, weights, groups)
     unsure = own_confidence(means, weights, groups, threshold)<how.sure
     against = (unsure & (seen_rival(means, groups, together)>own)).sum()
+    if start is not None:
+        before = tracklet_features(unit_length(_linkable(start, crops, together)[0]).numpy(), pids)
+        unsure |= own_confidence(before, weights, as_joined(before, weights, groups.members), -1.)<how.sure
     players = np.unique(np.where(unsure, n+np.arange(n), groups.members), return_inverse=True)[1]
     linked = (np.bincount(players)[players]>1).sum()
     return Links(players, threshold, int(linked), int(unsure.sum()), int(against))

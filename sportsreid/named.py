@@ -43,14 +43,19 @@ class Features(ndarray):
 def name_of(
     feats,  # features of any kind
 )->str:  # '' where they do not say
-    "The network that features name"
-    return getattr(feats, 'model', '') if isinstance(feats, Features) else ''
+    "The network that features name; rows of a list name theirs, and a ValueError refuses two"
+    if not isinstance(feats, (list,tuple)): return feats.model if isinstance(feats, Features) else ''
+    said = {fingerprint_of(name): name for name in map(name_of, feats[::-1]) if name}
+    if len(said)<2: return next(iter(said.values()), '')
+    raise ValueError(f'Features of {" and ".join([*said.values()][::-1])} cannot be put together; '
+                     'embed all with one network')
 
 def thresholds_of(
     *feats,  # features of any kind, of one network
 ):  # None where none of them has any
     "The thresholds that features carry"
-    return next((f.thresholds for f in feats if isinstance(f, Features) and f.thresholds is not None), None)
+    rows = [row for f in feats for row in (f if isinstance(f, (list,tuple)) else [f])]
+    return next((row.thresholds for row in rows if isinstance(row, Features) and row.thresholds is not None), None)
 
 def fingerprint_of(
     model:str,  # name and fingerprint
@@ -63,11 +68,8 @@ def joined(
     parts,          # that it was made of
 )->ndarray:  # a ValueError if they are of two networks
     "Features that were put together, with the name that all parts have, and the first thresholds that one has"
-    names = [name_of(part) for part in parts]
-    said = {fingerprint_of(name): name for name in names if name}
-    if len(said)>1:
-        raise ValueError(f'Features of {" and ".join(said.values())} cannot be put together; embed all with one network')
-    return Features(whole, names[0], thresholds_of(*parts)) if all(names) and names else whole
+    name = name_of([*parts])
+    return Features(whole, name, thresholds_of(*parts)) if name and all(map(name_of, parts)) else whole
 
 # %% ../nbs/09ca_named.ipynb #check-network
 def check_network(

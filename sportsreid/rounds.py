@@ -63,12 +63,13 @@ def round_links(
     task:AdaptTask,   # with the weights that link
     path:Path,        # where links are kept, or will be
     how:Linking,      # what is safe
+    start:ReIDModel,  # the network before adapting, which is asked, too
 )->Links:
     "Links by a network, made once"
     if not path.is_file():
         images = SomeCrops(task.opened, task.crops.path)
-        feats = extract_features(task.model.to(task.device), images, device=task.device)
-        _write_links(path, safe_links(feats, task.crops, task.together, how))
+        now,before = (extract_features(model.to(task.device), images) for model in (task.model, start))
+        _write_links(path, safe_links(now, task.crops, task.together, how, before))
     return _read_links(path)
 
 # %% ../nbs/09ja_rounds.ipynb #result
@@ -155,14 +156,14 @@ class Rounding:
 
 def _go_round(task:AdaptTask, folder:Path, rounds:int, how:Rounding)->tuple[list[Adapted],list[int],str]:
     "What each round gained, the links they learned from, and why they ended"
-    base,before,done,joins = task,None,[],[]
+    start,base,before,done,joins = task.model,task,None,[],[]
     while True:
         n = len(done)+1
         done.append(run_task(task, folder/f'round-{n}', how.minutes))
         if not done[-1].gained: return done, joins, f'round {n} gained nothing on held-out crops'
         if n==rounds: return done, joins, ASKED.format(n)
         base = replace(base, model=load_model(folder/f'round-{n}'))
-        now = round_links(base, folder/f'links-{n}.json', how.linking)
+        now = round_links(base, folder/f'links-{n}.json', how.linking, start)
         print(f'after round {n}: {now}', flush=True)
         why = why_stop(before, now, how.linking)
         if why: return done, joins, why
