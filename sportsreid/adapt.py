@@ -49,14 +49,15 @@ def _refuse(given:dict, names:tuple, wanted:str, fits):
 def _check_settings(given:dict):
     "Refuse values of `Adapting` that cannot be"
     given = {k: v for k,v in given.items() if v is not None or k not in ('lr','steps')}
-    numbers = tuple(k for k in ('lr','temperature') if k in given)
+    _refuse(given, ('lr',) if 'lr' in given else (), 'above 0 and at most 100', lambda v: is_number(v) and 0<v<=100)
+    _refuse(given, ('temperature',), 'from 0.001 to 100', lambda v: is_number(v) and .001<=v<=100)
     counts = tuple(k for k in ('steps','batch_size','K') if k in given)
-    _refuse(given, numbers, 'a number above 0', lambda v: is_number(v) and v>0)
-    _refuse(given, counts, 'a whole number above 0', is_count)
+    _refuse(given, counts, 'a whole number above 0 and below a billion', lambda v: is_count(v) and v<10**9)
     _refuse(given, ('ema','remember'), '0 to below 1', lambda v: is_number(v) and 0<=v<1)
     _refuse(given, ('hold',), 'above 0 and below 0.4', lambda v: is_number(v) and 0<v<.4)
     _refuse(given, ('pure','split'), 'True or False', lambda v: isinstance(v, (bool,np.bool_)))
     _refuse(given, ('packs',), "a folder, or '' for none", lambda v: isinstance(v, (str,Path)))
+    _refuse(given, ('augmentation','optimizer','schedule'), "text such as 'flip(0.5)'", lambda v: isinstance(v, str))
     if given['K']<2 or given['batch_size']<2*given['K']:
         raise ValueError('K is 2 or more, and batch_size at least twice that')
     make_augmentation(given['augmentation']), make_optimizer(given['optimizer']), make_schedule(given['schedule'], 1)

@@ -39,14 +39,12 @@ def write_features(
     if not str(path).endswith('.safetensors'): raise ValueError(f'path is a file that ends in .safetensors, not {path}')
     check_network(given=name_of(feats) or embedder.model, embedder=embedder.model)
     feats = check_unit(feats, 'given')
-    for name in check_kind(paths, (list,tuple), 'paths', 'a list'): check_kind(name, (str,Path), 'a path', 'text')
-    paths = [*map(str, paths)]
+    paths = [str(check_kind(p, (str,Path), 'path', 'text')) for p in check_kind(paths, (list,tuple), 'paths', 'a list')]
     if any('\0' in name for name in paths): raise ValueError('a path holds the character 0; name the file anew')
     if len(feats) and feats.shape[1]!=getattr(embedder, 'dim', feats.shape[1]):
         raise ValueError(f'a feature of {embedder.model} has {embedder.dim} numbers, and these have {feats.shape[1]}')
     if len(feats)!=len(paths):
-        raise ValueError('features (N,D) need a path each, and these are '
-                         f'{feats.shape} and {counted(len(paths), "path")}')
+        raise ValueError(f'features (N,D) need a path each, and these are {feats.shape} and {counted(len(paths), "path")}')
     names = np.frombuffer('\0'.join(paths).encode('utf-8', 'surrogateescape'), np.uint8)
     told = dict(kind=KIND, model=embedder.model, calibration=embedder.thresholds and asdict(embedder.thresholds))
     return write_arrays(project_path(path), dict(features=feats, paths=names), told)

@@ -168,6 +168,18 @@ def _cut_frame(image:Image.Image, rows:pd.DataFrame, folder:Path)->pd.DataFrame:
     for name,box in zip(names, edges.tolist()): image.crop(box).save(folder/name)
     return rows.assign(path=names)
 
+OURS = re.compile(r'\d{6,}-\d+\.png|crops\.csv|made_of\.json|\.DS_Store|Thumbs\.db')  # in a folder of crops
+
+def _check_keep(folder:Path):
+    "Refuse a folder of others, which new crops would replace"
+    if not folder.exists(): return
+    if not folder.is_dir(): raise FileExistsError(f'{folder} is a file; name a folder for the crops')
+    names = sorted(os.listdir(folder))
+    foreign = [name for name in names if not OURS.fullmatch(name) or 'made_of.json' not in names]
+    if foreign:
+        raise FileExistsError(f'{folder} holds {foreign[0]}, and not crops alone, which would replace it; '
+                              'name a new folder for the crops')
+
 # %% ../nbs/01ma_cut.ipynb #cut-crops
 def cut_crops(
     rows:pd.DataFrame,    # boxes on tracks: columns of MOT_COLUMNS, more are handed on
@@ -194,18 +206,6 @@ def cut_crops(
     return check_crops(made[['path','role','action','pid','frame','height','width',*more]])
 
 # %% ../nbs/01ma_cut.ipynb #cut-anew
-OURS = re.compile(r'\d{6,}-\d+\.png|crops\.csv|made_of\.json|\.DS_Store|Thumbs\.db')  # in a folder of crops
-
-def _check_keep(folder:Path):
-    "Refuse a folder of others, which new crops would replace"
-    if not folder.exists(): return
-    if not folder.is_dir(): raise FileExistsError(f'{folder} is a file; name a folder for the crops')
-    names = sorted(os.listdir(folder))
-    foreign = [name for name in names if not OURS.fullmatch(name) or 'made_of.json' not in names]
-    if foreign:
-        raise FileExistsError(f'{folder} holds {foreign[0]}, and not crops alone, which would replace it; '
-                              'name a new folder for the crops')
-
 def _cut_anew(rows:pd.DataFrame, source:Path, folder:Path, key:str):
     "Cut into a folder beside, which takes its name at the end"
     _check_keep(folder)

@@ -180,11 +180,15 @@ def graph_folder(
     return project_path(f'{Path(source).name}-onnx')
 
 def _check_graphs(out:Path, model:str):
-    "Refuse a folder that holds another network, or its graphs"
-    there = [network_print(open_network(out))] if (out/'model.json').is_file() else []
-    if (out/'embed.onnx').is_file(): there.append(OnnxGraph(out/'embed.onnx').notes.get('model'))
-    if any(name!=model for name in there):
-        raise FileExistsError(f'{out} holds another network, or its graphs; give another folder with out')
+    "Refuse a folder that holds another network, its graphs, or what cannot be read"
+    there = [name for name in ('model.json','embed.onnx','embed_float.onnx','embed.pt2') if (out/name).exists()]
+    try:
+        found = {OnnxGraph(out/name).notes.get('model') for name in there if name.endswith('.onnx')}
+        if 'model.json' in there: found.add(network_print(open_network(out)))
+    except Exception: found = set()  # of whatever kind: it is not ours
+    if there and found!={model}:
+        raise FileExistsError(f'{out} holds another network, or its graphs, or some that cannot be read '
+                              f'({", ".join(there)}); give another folder with out')
 
 # %% ../nbs/09c_export.ipynb #export-onnx-itself
 def export_onnx(

@@ -20,7 +20,7 @@ from .follow import Followed, write_tracks
 from .identify import Embedder
 from .match import match_cuts, simulate_match
 from .provenance import ready_folder
-from .refusals import RESULTS, check_followed, check_footage, kept_settings
+from .refusals import RESULTS, check_followed, check_footage, check_writable, kept_settings
 from .sightings import embed_boxes, find_cuts
 from .tracklets import number_tracklets, pick_crops
 from .tracks import check_on_track, read_mot
@@ -68,7 +68,8 @@ def open_footage(
         match = simulate_match(project_path('data/match'))
         source,cuts = match/'img1',match_cuts(match)
         rows = broken_tracks(read_mot(match/'gt/gt.txt'), cuts)
-    return Footage(source, rows, cuts, ready_folder(out))
+    check_writable(out)
+    return Footage(source, rows, cuts, out)
 
 # %% ../nbs/09fe_footage.ipynb #see
 def show_frames(
@@ -149,7 +150,7 @@ def write_followed(
     values:dict,        # every setting of `parameters.FOLLOW`
 )->list[Path]:  # tracks.txt, boxes.csv and joins.csv
     "Write followed players"
-    files = [footage.out/name for name in RESULTS]
+    files = [ready_folder(footage.out)/name for name in RESULTS]
     write_tracks(followed, files[0])
     for file,table in zip(files[1:], (followed.rows, name_joins(followed))):
         with write_whole(file) as tmp: table.to_csv(tmp, index=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np, pandas as pd
 from numpy import ndarray
 from torch import Tensor, from_numpy
-from .checks import as_numbers, check_kind, is_number
+from .checks import as_numbers, check_columns, check_kind, is_number
 from .follow import join_all, own_confidence, rest_score
 from .linkage import Groups, as_joined
 from .losses import unit_length
@@ -45,6 +45,7 @@ def held_scores(
     together:ndarray,    # (P,2) pids seen in one frame
 )->tuple[ndarray,ndarray]:  # cosines of the two ends of a tracklet; of an end of one and the other end of another
     "What one player scores, and what two people score"
+    check_columns(crops, ('pid','role'), 'crops', 'what hold_out(found.crops) gives')
     n = int(max(crops.pid.max(), together.max(initial=0)))+1  # some may have no crop in this table
     start,has_start = _end_means(feats, crops, 'query', n)
     end,has_end = _end_means(feats, crops, 'gallery', n)
@@ -127,9 +128,10 @@ def seen_rival(
 # %% ../nbs/09ib_links.ipynb #linkable
 def _linkable(feats, crops:pd.DataFrame, together)->tuple[Tensor,ndarray]:
     "(N,D) features and (P,2) pairs as numbers; ValueError says what is wrong with them"
-    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as hold_out(found.crops)')
-    lacks = [c for c in ('pid','action','role') if c not in crops]
-    if lacks: raise ValueError(f'crops lack the column {lacks[0]}; give a crop table, such as hold_out(found.crops)')
+    check_columns(crops, ('pid','action','role'), 'crops', 'a crop table, such as hold_out(found.crops)')
+    pids = np.unique(crops.pid)
+    if not len(pids) or pids.dtype.kind not in 'iu' or pids[-1]+1!=len(pids) or pids[0]!=0:
+        raise ValueError('pids of crops are whole numbers, 0 to n-1 without a gap; see number_anew')
     feats,pairs = as_numbers(feats, np.float32),np.asarray(together)
     if feats.ndim!=2 or len(feats)!=len(crops):
         raise ValueError(f'{len(crops)} crops need as many features (N,D), not an array of {feats.shape}')

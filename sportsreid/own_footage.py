@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor, tensor
 from .baselines import image_feats
 from .boxes_fit import open_boxes
-from .checks import check_kind, is_count, is_number
+from .checks import check_columns, check_kind, is_count, is_number
 from .core import counted, project_path
 from .cut import cut_crops
 from .data import check_crops
@@ -134,6 +134,9 @@ class Tracklets:
         lacks = [c for c in ('path','role','pid','action','frame') if c not in self.crops]
         if lacks or not len(self.crops):
             raise ValueError(f'These crops have no {" and no ".join(lacks) or "row"}; see tracklets(...)')
+        pids = np.unique(self.crops.pid)
+        if pids.dtype.kind not in 'iu' or not np.array_equal(pids, np.arange(len(pids))):
+            raise ValueError('pids of tracklets are whole numbers, 0 to n-1 without a gap; see number_anew')
         pairs = np.asarray(self.together)
         if pairs.shape[1:]!=(2,) or not np.isin(pairs, self.crops.pid).all() or (pairs[:,0]==pairs[:,1]).any():
             raise ValueError('together is (P,2), pairs of two pids that the crops have; see number_anew')
@@ -155,6 +158,7 @@ def number_anew(
     together:ndarray,    # (P,2) pids seen in one frame; some may have left the table
 )->tuple[pd.DataFrame,ndarray]:  # the same crops, and the pairs of pids that are left
     "Number the tracklets that are left from 0"
+    check_columns(crops, ('pid',), 'crops', 'a crop table, such as found.crops')
     pids,numbers = np.unique(crops.pid, return_inverse=True)
     kept = np.isin(together, pids).all(1)
     return crops.assign(pid=numbers), np.searchsorted(pids, together[kept])
@@ -287,5 +291,6 @@ def window_blocks(
     crops:pd.DataFrame,  # crop table with actions
 )->Iterator[ndarray]:  # row positions of whole windows
     "A table in blocks; nobody is seen with somebody of another"
+    check_columns(crops, ('action',), 'crops', 'a crop table, such as found.crops')
     block = (crops.groupby('action').size().cumsum()//BLOCK).loc[crops.action].to_numpy()
     for b in np.unique(block): yield np.flatnonzero(block==b)

@@ -153,6 +153,7 @@ class Rounding:
     def __post_init__(self):
         check_kind(self.adapting, Adapting, 'adapting', 'Adapting(steps=200), for instance')
         check_kind(self.linking, Linking, 'linking', 'Linking(rate=.1), for instance')
+        check_minutes(self.minutes)
 
 def _go_round(task:AdaptTask, folder:Path, rounds:int, how:Rounding)->tuple[list[Adapted],list[int],str]:
     "What each round gained, the links they learned from, and why they ended"
@@ -183,14 +184,13 @@ def adapt_rounds(
     "Adapt a network in rounds that learn from links across cuts; continues where an earlier call stopped"
     if not is_count(rounds): raise ValueError(f'rounds is how many there are at most, 1 or more, not {rounds!r}')
     check_kind(how, Rounding, 'how', 'Rounding(minutes=1), for instance')
-    check_minutes(how.minutes)
     folder = project_path(check_kind(run, (str,Path), 'run', 'a folder to make, such as runs/mine'))
     with network_folder(source) as network: task,pure = start_task(network, found, seed, device, how.adapting)
-    config = {**adapt_config(task), 'rounds': rounds, 'minutes': how.minutes, 'linking': asdict(how.linking)}
+    config = {**adapt_config(task), 'rounds': int(rounds), 'minutes': how.minutes, 'linking': asdict(how.linking)}
     _open_rounds(folder, config, source=network_name(source), crops=len(task.crops), left_out=pure.left_out)
     done = read_rounds(folder)
     if done is None or (done.could_go_on and len(done.rounds)<rounds):
-        _ask_for(folder, rounds)
+        _ask_for(folder, int(rounds))
         print(pure, flush=True)
         done = Rounds(folder, *_go_round(task, folder, rounds, how))
         _write_rounds(done)

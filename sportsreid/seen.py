@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
-from .checks import check_kind, is_number
+from .checks import check_columns, check_kind, is_number
 from .contrast import InfoNCE, info_nce
 from .data import check_crops
 from .evaluate import Ranking, action_blocks, rank_features
@@ -73,8 +73,7 @@ def hold_out(
 )->pd.DataFrame:  # the same crops with roles query (first), gallery (last) and train
     "Hold the ends of each tracklet out of the training; ValueError if none is long enough"
     if not (is_number(share) and 0<share<.4): raise ValueError(f'share is above 0 and below 0.4, not {share!r}')
-    check_kind(crops, pd.DataFrame, 'crops', 'a crop table, such as found.crops')
-    if 'frame' not in crops: raise ValueError('The crops have no column frame, so none is known to come first')
+    check_columns(crops, ('pid','frame'), 'crops', 'a crop table, such as found.crops')
     crops = crops.sort_values(['pid','frame'], kind='stable')
     place = crops.groupby('pid').cumcount()
     n = crops.groupby('pid').pid.transform('size')
@@ -92,6 +91,7 @@ def rank_held(
     metric:str,          # 'cosine' or 'euclidean'
 )->Ranking:
     "Rank held-out crops against the tracklets that were seen together"
+    check_columns(crops, ('pid','action','role'), 'crops', 'the held-out rows of hold_out(found.crops)')
     ranking = rank_features(feats, crops, metric)
     q_pids,g_pids = (torch.tensor(table.pid.to_numpy()) for table in (ranking.query,ranking.gallery))
     ranks = list(ranking.ranks)
@@ -116,6 +116,7 @@ def purity(
     together:ndarray,      # (P,2) pids seen in one frame
 )->Tensor:  # (n,) -2 to 2; below 0: probably two people
     "How much better each tracklet's ends fit each other than those of tracklets seen with it"
+    check_columns(crops, ('pid','frame'), 'crops', 'a crop table, such as found.crops')
     start,end = (_ends(feats, crops, last) for last in (False,True))
     a,b = torch.tensor(np.concatenate([together, together[:,::-1]])).T
     fit = (start[a]*end[b]).sum(1)

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 from .baselines import fuse, image_feats, stripe_histograms
-from .checks import check_kind
+from .checks import check_columns, check_kind
 from .data import check_crops
 from .features import extract_features
 from .images import CropFiles, PackedCrops
@@ -40,6 +40,7 @@ def change_points(
     crops:pd.DataFrame,  # crop table with pid and frame
 )->pd.DataFrame:  # a row for each pid: crops, alike (1 for too few), after (frame of the first crop behind the cut)
     "Where each tracklet changes most"
+    check_columns(crops, ('pid','frame'), 'crops', 'a crop table, such as found.crops')
     order = np.lexsort((crops.frame, crops.pid))
     x = F.normalize(feats)[torch.from_numpy(order)].double().numpy()
     pids,frames = crops.pid.to_numpy()[order],crops.frame.to_numpy()[order]

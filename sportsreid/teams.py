@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
 from torch import Tensor
 from .baselines import image_feats
-from .checks import as_numbers, check_kind, is_count
+from .checks import as_numbers, check_columns, check_kind, is_count
 from .images import CropFiles, load_batches
 from .own_footage import LOOK, Tracklets
 
@@ -155,6 +155,7 @@ def kit_colours(
     crops:pd.DataFrame,  # crop table; `action` is a shot or a window of one
 )->Tensor:  # (N,500)
     "The shirt colours of many crops, in even light"
+    check_columns(crops, ('path','action'), 'crops', 'a crop table, such as found.crops')
     images = CropFiles(crops, LOOK)
     scale,shift = even_light(image_feats(images, body_means)[0], crops.action.to_numpy())
     def evened(rows, ims): return (ims*scale[rows,:,None,None]+shift[rows,:,None,None]).clamp(0, 255)
@@ -205,6 +206,7 @@ def id_teams(
 )->pd.DataFrame:  # a row for each id of the tracker: group, kind (team, other, unsure, unseen), mean score, crops
     "Which team each id of a tracker plays for"
     _check_sides(found, sides)
+    check_columns(found.crops, ('id',), 'found.crops', "the crops of tracklets(...), which have the tracker's ids")
     rows = found.crops[['id','pid']].merge(sides, left_on='pid', right_index=True)
     rows['sure'] = rows.kind!='unsure'
     votes = rows.groupby(['id','group']).agg(sure=('sure','sum'), crops=('pid','size'), score=('score','mean'))

@@ -10,7 +10,7 @@ __all__ = ['LONGEST', 'TRIM', 'shot_of', 'number_tracklets', 'same_frame', 'seen
 import numpy as np, pandas as pd
 from numpy import ndarray
 from .boxes_fit import as_cuts
-from .checks import is_count
+from .checks import check_columns, is_count
 from .tracks import check_on_track
 
 # %% ../nbs/09f_tracklets.ipynb #tracklets-code
@@ -26,6 +26,7 @@ def number_tracklets(
     cuts:list[int]=(),  # first frame of each shot but the first
 )->ndarray:  # (N,) 0, 1, ...: a number for each id in each shot, by id, then shot; ValueError for a box on no track
     "Which tracklet a box is in"
+    check_columns(rows, ('frame','id'), 'rows', 'a table as read_mot gives it')
     check_on_track(rows)
     shots = shot_of(rows.frame.to_numpy(), cuts)
     return rows.assign(shot=shots).groupby(['id','shot']).ngroup().to_numpy()
@@ -89,6 +90,7 @@ def hidden_share(
     rows:pd.DataFrame,  # boxes: columns of MOT_COLUMNS
 )->ndarray:  # (N,) 0: no other box reaches into it, 1: some box covers it
     "The largest share of each box that one other box of its frame covers"
+    check_columns(rows, ('frame','left','top','width','height'), 'rows', 'a table as read_mot gives it')
     a,b = same_frame(rows.frame.to_numpy())
     edges = rows[['left','top']].to_numpy(float)
     size = rows[['width','height']].to_numpy(float)
