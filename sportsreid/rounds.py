@@ -104,7 +104,7 @@ class Rounds:
     def __repr__(self):
         if len(self.rounds)==1 and self.could_go_on: return repr(self.rounds[0])
         went = ', '.join(f'{100*r.after["mAP"]:.1f}{"" if r.gained else " (not kept)"}' for r in self.rounds)
-        links = f', with {", ".join(map(str, self.joins))} links' if self.joins else ''
+        links = f', with {", ".join(map(str, self.joins))} link{"s"*(self.joins!=[1])}' if self.joins else ''
         return (f'mAP on held-out crops {100*self.before["mAP"]:.1f}, after {counted(len(self.rounds), "round")}{links}: '
                 f'{went}{", mixed with the weights before" if self.share else ""}; ended because {self.why}')
 
