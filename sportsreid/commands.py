@@ -26,7 +26,7 @@ from .tools import adapt, compare, data, teams
 KIND = 'sportsreid features'
 
 def write_features(
-    path:str|Path,      # .safetensors; its folder must exist
+    path:str|Path,      # .safetensors; its folder is made if needed
     feats:np.ndarray,   # (N,D)
     paths:list[str],    # (N,) of the images
     embedder,           # `Embedder` that made them
@@ -137,7 +137,6 @@ def embed(
     print(embedder, flush=True)
     if drop_bad: paths = sound_images(paths)
     feats = embed_files(embedder, paths)
-    project_path(out).parent.mkdir(parents=True, exist_ok=True)
     path = write_features(out, feats, paths, embedder)
     print(f'{counted(len(paths), "feature")} of {feats.shape[1]} numbers: {short_path(path)}')
     return path

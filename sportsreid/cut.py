@@ -46,8 +46,9 @@ def _opened(video:Path)->Iterator:
     try:
         with av.open(str(video)) as container: yield container
     except (av.FFmpegError, IndexError) as e:
-        raise ValueError(f'{video} cannot be decoded ({first_line(e)}); fetch or convert it again, or give a folder of '
-                         'its frames') from e
+        why = getattr(e, 'strerror', None) or first_line(e)
+        raise ValueError(f'{video} cannot be decoded ({why}); fetch or convert it again, or give a folder of its '
+                         'frames') from e
 
 # %% ../nbs/01ma_cut.ipynb #lost-frames
 def lost_frames(

@@ -218,12 +218,14 @@ def update(self:Gallery,
 KIND = 'sportsreid gallery'
 
 def write_arrays(
-    path:Path,    # .safetensors; its folder must exist
+    path:Path,    # .safetensors; its folder is made if needed
     arrays:dict,  # by name, in whatever order their numbers lie in memory
     told:dict,    # what the file says of itself, by name
 )->Path:
     "Write arrays into one file, whole or not at all"
     plain = {k: np.ascontiguousarray(v) for k,v in arrays.items()}  # safetensors writes memory as it lies
+    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as tmp:
         save_file(plain, tmp, {k: json.dumps(v) for k,v in told.items()})
     return path
@@ -235,13 +237,10 @@ def save(self:Gallery,
     "Write the gallery into one file, whole or not at all"
     if not str(path).endswith('.safetensors'):
         raise ValueError(f'a gallery is kept in a file that ends in .safetensors, not in {str(path)!r}')
-    path = project_path(path)
-    check_writable(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     told = dict(kind=KIND, model=self.model, views=self.views, memory=self.memory, next_pid=self.next_pid,
                 calibration=asdict(self.calibration) if self.calibration else None)
     feats = self.feats if self.feats is not None else np.zeros((0,0), np.float32)
-    return write_arrays(path, dict(feats=feats, pids=self.pids, times=self.times), told)
+    return write_arrays(project_path(path), dict(feats=feats, pids=self.pids, times=self.times), told)
 
 # %% ../nbs/09e_gallery.ipynb #file-load
 def read_arrays(

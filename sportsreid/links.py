@@ -88,7 +88,7 @@ def link_threshold(
 )->float|None:  # None: there are too few to know
     "Lowest cosine of a link"
     rate = max(how.rate, DECIDE/max(1, len(two)))
-    if rate>max(how.rate, .1): return None
+    if rate>max(how.rate, .1) or not len(same): return None
     apart = threshold_for(np.bincount(bin_scores(two), minlength=BINS), rate)
     return float(max(apart, np.quantile(same, how.miss)))
 
