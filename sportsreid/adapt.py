@@ -18,7 +18,7 @@ from torch import Tensor
 from .actions import Laps
 from .baselines import image_feats
 from .calibrate import network_print
-from .checks import check_kind, check_minutes, check_seed, is_count, is_number
+from .checks import check_kind, check_minutes, check_seed, is_count, is_number, plain_fields
 from .core import lazy_names, open_run, project_path, read_config, read_scores, write_whole
 from .data import fingerprint
 from .devices import pick_device
@@ -57,7 +57,7 @@ def _check_settings(given:dict):
     _refuse(given, ('hold',), 'above 0 and below 0.4', lambda v: is_number(v) and 0<v<.4)
     _refuse(given, ('pure','split'), 'True or False', lambda v: isinstance(v, (bool,np.bool_)))
     _refuse(given, ('packs',), "a folder, or '' for none", lambda v: isinstance(v, (str,Path)))
-    _refuse(given, ('augmentation','optimizer','schedule'), "text such as 'flip(0.5)'", lambda v: isinstance(v, str))
+    _refuse(given, ('augmentation','optimizer','schedule'), 'text, such as its default', lambda v: isinstance(v, str))
     if given['K']<2 or given['batch_size']<2*given['K']:
         raise ValueError('K is 2 or more, and batch_size at least twice that')
     make_augmentation(given['augmentation']), make_optimizer(given['optimizer']), make_schedule(given['schedule'], 1)
@@ -81,7 +81,9 @@ class Adapting:
     hold:float = .1           # share of a tracklet's crops that is held out at each end
     packs:str = 'data/packed' # folder for crops at the network's size; '': decode files each time
 
-    def __post_init__(self): _check_settings(asdict(self))
+    def __post_init__(self):
+        _check_settings(asdict(self))
+        plain_fields(self)
 
 def start_rate(
     folder:Path,  # of the network
@@ -245,7 +247,7 @@ def start_task(
     "Open a network and crops, leave mixed tracklets out, and hold some crops out of the training"
     check_kind(found, Tracklets, 'found', 'what tracklets(frames, tracks, keep) makes')
     check_kind(how, Adapting, 'how', 'Adapting(steps=200), for instance')
-    check_seed(seed)
+    seed = int(check_seed(seed))
     model,device = open_network(network),pick_device(device)
     lr = start_rate(network) if how.lr is None else how.lr
     images = open_crops(found.crops, model.spec['size'], how.packs, fit=model.spec['fit'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_number', 'is_count', 'check_margin', 'check_smoothing', 'check_minutes', 'check_seed', 'check_kind',
-           'check_columns', 'as_numbers']
+           'plain_fields', 'check_columns', 'as_numbers']
 
 # %% ../nbs/00g_checks.ipynb #imports
 import math, numbers
@@ -69,6 +69,11 @@ def check_kind(
     if isinstance(value, kinds): return value
     raise ValueError(f'{name} is of type {type(value).__name__}; give {remedy}')
 
+def plain_fields(settings):
+    "Make NumPy's numbers in the fields of a frozen dataclass Python's, so that they can be kept as JSON"
+    for name,value in vars(settings).items():
+        if isinstance(value, np.generic): object.__setattr__(settings, name, value.item())
+
 def check_columns(
     table,         # what somebody gave
     names:tuple,   # of columns
@@ -78,7 +83,7 @@ def check_columns(
     "Refuse what is no table, or lacks a column"
     if not hasattr(table, 'columns'): raise ValueError(f'{what} is of type {type(table).__name__}; give {remedy}')
     lacks = [name for name in names if name not in table.columns]
-    if lacks: raise ValueError(f'{what} lacks the column {lacks[0]}; give {remedy}')
+    if lacks: raise ValueError(f'there is no column {lacks[0]} in {what}; give {remedy}')
     return table
 
 # %% ../nbs/00g_checks.ipynb #as-numbers

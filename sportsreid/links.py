@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np, pandas as pd
 from numpy import ndarray
 from torch import Tensor, from_numpy
-from .checks import as_numbers, check_columns, check_kind, is_number
+from .checks import as_numbers, check_columns, check_kind, is_number, plain_fields
 from .follow import join_all, own_confidence, rest_score
 from .linkage import Groups, as_joined
 from .losses import unit_length
@@ -80,6 +80,7 @@ class Linking:
             value = getattr(self, field.name)
             if not (is_number(value) and 0<value<1):
                 raise ValueError(f'{field.name} is a share above 0 and below 1, not {value!r}')
+        plain_fields(self)
 
 def link_threshold(
     same:ndarray,  # same-player scores
@@ -111,7 +112,7 @@ class Links:
     def __repr__(self):
         if self.threshold is None: return 'no links: too few seen together to know a threshold; give more frames'
         return (f'{self.linked} of {len(self.players)} tracklets are linked by cosines above {self.threshold:.2f}, '
-                f'which leaves {len(self.players)-self.joins} players; {self.unsure} were unsure, {self.against} of them '
+                f'which leaves {len(self.players)-self.joins} players; {self.unsure} {"was" if self.unsure==1 else "were"} unsure, {self.against} of them '
                 'against the frames')
 
 def seen_rival(

@@ -157,7 +157,8 @@ def check_match(
         raise ValueError(f'size is width and height of a frame, 160 to 1024 pixels each, not {size!r}')
     frames = round(seconds*fps)
     if frames<2: raise ValueError(f'{seconds} seconds at {fps} a second are {frames} frames; a match has 2 or more')
-    return dict(seconds=seconds, fps=fps, players=players, cameras=cameras, size=list(size), seed=seed, frames=frames)
+    counts = dict(players=int(players), cameras=int(cameras), size=[*map(int, size)], seed=int(seed), frames=frames)
+    return {name: getattr(value, 'item', lambda: value)() for name,value in dict(seconds=seconds, fps=fps).items()} | counts
 
 # %% ../nbs/01mc_match.ipynb #simulate-match
 MATCH_DRAWING = '1'

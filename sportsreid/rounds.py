@@ -16,7 +16,8 @@ from .adapt import read_adapted, run_task, start_task
 from .checks import check_kind, check_minutes, is_count
 from .core import counted, open_run, project_path, read_config, write_whole
 from .features import extract_features
-from .hub import network_folder, network_name
+from .gained import start_of
+from .hub import network_folder, network_name, open_network
 from .links import LinkedBatches, Linking, Links, safe_links
 from .own_footage import SomeCrops, Tracklets
 from .record import finished_scores, refuse_more
@@ -155,14 +156,15 @@ class Rounding:
         check_kind(self.linking, Linking, 'linking', 'Linking(rate=.1), for instance')
         check_minutes(self.minutes)
 
-def _go_round(task:AdaptTask, folder:Path, rounds:int, how:Rounding)->tuple[list[Adapted],list[int],str]:
+def _go_round(task:AdaptTask, start:ReIDModel, source:str, folder:Path, rounds:int, how:Rounding)->tuple:
     "What each round gained, the links they learned from, and why they ended"
-    start,base,before,done,joins = task.model,task,None,[],[]
+    base,before,done,joins = task,None,[],[]
     while True:
         n = len(done)+1
-        done.append(run_task(task, folder/f'round-{n}', how.minutes))
+        done.append(run_task(task, folder/f'round-{n}', how.minutes, source=source))
         if not done[-1].gained: return done, joins, f'round {n} gained nothing on held-out crops'
         if n==rounds: return done, joins, ASKED.format(n)
+        source = str(folder/f'round-{n}')
         base = replace(base, model=load_model(folder/f'round-{n}'))
         now = round_links(base, folder/f'links-{n}.json', how.linking, start)
         print(f'after round {n}: {now}', flush=True)
@@ -185,14 +187,17 @@ def adapt_rounds(
     if not is_count(rounds): raise ValueError(f'rounds is how many there are at most, 1 or more, not {rounds!r}')
     check_kind(how, Rounding, 'how', 'Rounding(minutes=1), for instance')
     folder = project_path(check_kind(run, (str,Path), 'run', 'a folder to make, such as runs/mine'))
-    with network_folder(source) as network: task,pure = start_task(network, found, seed, device, how.adapting)
+    with network_folder(source) as network:
+        task,pure = start_task(network, found, seed, device, how.adapting)
+        first = start_of(network)
+        start = open_network(first) if first else task.model   # before all adapting
     config = {**adapt_config(task), 'rounds': int(rounds), 'minutes': how.minutes, 'linking': asdict(how.linking)}
     _open_rounds(folder, config, source=network_name(source), crops=len(task.crops), left_out=pure.left_out)
     done = read_rounds(folder)
     if done is None or (done.could_go_on and len(done.rounds)<rounds):
         _ask_for(folder, int(rounds))
         print(pure, flush=True)
-        done = Rounds(folder, *_go_round(task, folder, rounds, how))
+        done = Rounds(folder, *_go_round(task, start, network_name(source), folder, rounds, how))
         _write_rounds(done)
         if rounds==1: return done   # what it gained was said
     print(done, flush=True)
