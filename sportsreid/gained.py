@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .calibrate import network_print
-from .core import note_once, read_config
+from .core import counted, note_once, read_config
 from .hub import find_network, open_network
 from .record import finished_scores
 
@@ -53,7 +53,7 @@ def __repr__(self:Adapted)->str:
         kept += '; nearly all were right before, so these crops tell little'
     best = max(self.before['mAP'], self.after['mAP'])
     told = '' if best>=self.colours else ', more than the network: weigh them in (09jc_weigh)'
-    return (f'mAP on held-out crops {went} in {self.steps} steps; {kept}; colours alone score '
+    return (f'mAP on held-out crops {went} in {counted(self.steps, "step")}; {kept}; colours alone score '
             f'{100*self.colours:.1f}{told}')
 
 # %% ../nbs/09ie_gained.ipynb #read-adapted
@@ -79,6 +79,6 @@ def start_of(
         same = network_print(open_network(folder))==config.get('weights')
     except (OSError,ValueError): same = False
     if same: return start_of(folder) or folder
-    note_once(f'{network} was adapted from {source!r}, which is not there any more or has other weights, so it cannot be '
-              'asked about players who were never seen together; look at joins across cuts yourself')
+    note_once(f'{network} was adapted from {source!r}, which is not there any more or has other weights, so it cannot '
+              'be asked about players who were never seen together; look at joins across cuts yourself')
     return None

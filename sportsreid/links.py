@@ -111,8 +111,9 @@ class Links:
 
     def __repr__(self):
         if self.threshold is None: return 'no links: too few seen together to know a threshold; give more frames'
+        were = 'was' if self.unsure==1 else 'were'
         return (f'{self.linked} of {len(self.players)} tracklets are linked by cosines above {self.threshold:.2f}, '
-                f'which leaves {len(self.players)-self.joins} players; {self.unsure} {"was" if self.unsure==1 else "were"} unsure, {self.against} of them '
+                f'which leaves {len(self.players)-self.joins} players; {self.unsure} {were} unsure, {self.against} of them '
                 'against the frames')
 
 def seen_rival(

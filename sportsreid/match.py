@@ -158,7 +158,8 @@ def check_match(
     frames = round(seconds*fps)
     if frames<2: raise ValueError(f'{seconds} seconds at {fps} a second are {frames} frames; a match has 2 or more')
     counts = dict(players=int(players), cameras=int(cameras), size=[*map(int, size)], seed=int(seed), frames=frames)
-    return {name: getattr(value, 'item', lambda: value)() for name,value in dict(seconds=seconds, fps=fps).items()} | counts
+    times = dict(seconds=seconds, fps=fps)
+    return {name: getattr(value, 'item', lambda: value)() for name,value in times.items()} | counts
 
 # %% ../nbs/01mc_match.ipynb #simulate-match
 MATCH_DRAWING = '1'

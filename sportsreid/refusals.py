@@ -223,16 +223,19 @@ def check_followed(
     out,now = project_path(values['out']),kept_settings(values)
     network = next((name for name in ('config.json','model.json') if (out/name).exists()), '')
     if network: raise FileExistsError(f'{values["out"]} holds a network ({network}); give another --out')
-    if values['overwrite'] or not any((out/name).exists() for name in RESULTS): return
+    there = [name for name in (*RESULTS, 'settings.json', 'report.html') if (out/name).exists()]
+    if values['overwrite'] or not there: return
     try: old = json.loads((out/'settings.json').read_text())
     except (OSError,ValueError): old = {}
+    if not isinstance(old, dict) or not {*now} & {*old}:
+        raise FileExistsError(f'{values["out"]} holds {" and ".join(there)}, and not the settings of players that were '
+                              'followed; give another --out, or --overwrite yes to replace them')
     unlike = [k for k,v in now.items() if old.get(k)!=v]
     if not unlike: return
     said = [f'{k}: {old.get(k)!r} there, {now[k]!r} now' for k in unlike if k not in CONTENT]
     said += [f'{values[CONTENT[k]]} has changed' for k in unlike if CONTENT.get(k, k) not in unlike]
-    what = f'with other settings ({"; ".join(said)})' if old else 'and not the settings they were made with'
-    raise FileExistsError(f'{values["out"]} holds followed players {what}; give another --out, or --overwrite yes to '
-                          'replace them')
+    raise FileExistsError(f'{values["out"]} holds followed players with other settings ({"; ".join(said)}); '
+                          'give another --out, or --overwrite yes to replace them')
 
 # %% ../nbs/05d_refusals.ipynb #check-follow
 def _check_follow(values:dict):
