@@ -14,6 +14,7 @@ from .core import counted, short_path
 from .follow import Followed, show_players
 from .footage import Footage, name_joins, show_sheet
 from .identify import Embedder
+from .provenance import ready_folder
 from .report import listing, made_on, paragraph, picture, table, threshold_table, write_page
 
 # %% ../nbs/09hb_follow_report.ipynb #plot-joins
@@ -105,4 +106,4 @@ def write_follow_report(
     about,*rest = follow_parts(footage, followed, embedder, sample, values).items()
     parts = dict([about, *(more or {}).items(), *rest])
     name = footage.source.parent.name if footage.source.name in ('img1','img') else footage.source.name
-    return write_page(footage.out/'report.html', f'Players followed in {name}', parts)
+    return write_page(ready_folder(footage.out)/'report.html', f'Players followed in {name}', parts)
