@@ -197,9 +197,10 @@ def second_opinion(
     rows,joins = followed.rows,followed.joins
     groups = _evidence(rows, *check_feats(feats, sample, len(rows)), None)
     means,weights = groups.means.copy(),groups.weights.copy()
-    if (weights[joins[['first','second']].to_numpy(int)]==0).any():
+    pairs = joins.sort_values('order')[['first','second']].to_numpy(int)
+    if (weights[pairs]==0).any():
         raise ValueError('A tracklet that was joined has no feature here; give features of the same rows as for follow')
-    made = [_join_again(groups, *pair) for pair in joins.sort_values('order')[['first','second']].to_numpy(int)]
+    made = [_join_again(groups, *pair) for pair in pairs]
     other = _joins_table(made, 0, groups, threshold).set_index('order').confidence
     sure = own_confidence(means, weights, groups, threshold)[rows.tracklet]
     joins = joins.assign(confidence=np.minimum(joins.confidence, other[joins.order].to_numpy()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np, pandas as pd
 from numpy import ndarray
 from torch import Tensor, from_numpy
-from .checks import as_numbers, check_columns, check_kind, is_number, plain_fields
+from .checks import as_numbers, check_columns, check_kind, check_pids, is_number, plain_fields
 from .follow import join_all, own_confidence, rest_score
 from .linkage import Groups, as_joined
 from .losses import unit_length
@@ -131,9 +131,7 @@ def seen_rival(
 def _linkable(feats, crops:pd.DataFrame, together)->tuple[Tensor,ndarray]:
     "(N,D) features and (P,2) pairs as numbers; ValueError says what is wrong with them"
     check_columns(crops, ('pid','action','role'), 'crops', 'a crop table, such as hold_out(found.crops)')
-    pids = np.unique(crops.pid)
-    if not len(pids) or pids.dtype.kind not in 'iu' or pids[-1]+1!=len(pids) or pids[0]!=0:
-        raise ValueError('pids of crops are whole numbers, 0 to n-1 without a gap; see number_anew')
+    check_pids(crops.pid, 'crops')
     feats,pairs = as_numbers(feats, np.float32),np.asarray(together)
     if feats.ndim!=2 or len(feats)!=len(crops):
         raise ValueError(f'{len(crops)} crops need as many features (N,D), not an array of {feats.shape}')

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from numpy.random import Generator, default_rng
 from .camera import noise_tiles, random_camera
 from .cast import random_cast
-from .checks import check_seed, is_count, is_number
+from .checks import check_seed, is_count, is_number, plain
 from .core import left_over, progress, temporary_path
 from .filming import Scene, actor_boxes, draw_frame, frame_actors, pitch_backdrop, random_lenses
 from .filming import random_others_paths, random_paths
@@ -157,9 +157,8 @@ def check_match(
         raise ValueError(f'size is width and height of a frame, 160 to 1024 pixels each, not {size!r}')
     frames = round(seconds*fps)
     if frames<2: raise ValueError(f'{seconds} seconds at {fps} a second are {frames} frames; a match has 2 or more')
-    counts = dict(players=int(players), cameras=int(cameras), size=[*map(int, size)], seed=int(seed), frames=frames)
-    times = dict(seconds=seconds, fps=fps)
-    return {name: getattr(value, 'item', lambda: value)() for name,value in times.items()} | counts
+    given = dict(seconds=seconds, fps=fps, players=players, cameras=cameras, seed=seed)
+    return {name: plain(value) for name,value in given.items()} | dict(size=[*map(int, size)], frames=frames)
 
 # %% ../nbs/01mc_match.ipynb #simulate-match
 MATCH_DRAWING = '1'

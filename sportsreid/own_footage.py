@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor, tensor
 from .baselines import image_feats
 from .boxes_fit import open_boxes
-from .checks import check_columns, check_kind, is_count, is_number
+from .checks import check_columns, check_kind, check_pids, is_count, is_number
 from .core import counted, project_path
 from .cut import cut_crops
 from .data import check_crops
@@ -134,9 +134,7 @@ class Tracklets:
         lacks = [c for c in ('path','role','pid','action','frame') if c not in self.crops]
         if lacks or not len(self.crops):
             raise ValueError(f'These crops have no {" and no ".join(lacks) or "row"}; see tracklets(...)')
-        pids = np.unique(self.crops.pid)
-        if pids.dtype.kind not in 'iu' or not np.array_equal(pids, np.arange(len(pids))):
-            raise ValueError('pids of tracklets are whole numbers, 0 to n-1 without a gap; see number_anew')
+        check_pids(self.crops.pid, 'tracklets')
         pairs = np.asarray(self.together)
         if pairs.shape[1:]!=(2,) or not np.isin(pairs, self.crops.pid).all() or (pairs[:,0]==pairs[:,1]).any():
             raise ValueError('together is (P,2), pairs of two pids that the crops have; see number_anew')
